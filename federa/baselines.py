@@ -1,0 +1,148 @@
+"""Yardsticks for a run, on the same data, model and code: what its accuracy has to be compared with."""
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from federa.client import train_client
+from federa.config import Config, changed, config_digest
+from federa.data import load_corpus
+from federa.errors import InputError
+from federa.experiment import Experiment, build
+from federa.folder import RunFolder
+from federa.partition import partition_like
+from federa.randomness import Purpose, generator
+from federa.report import write_report
+from federa.rounds import Watch
+from federa.simulation import run
+from federa.tasks import Predictions, mean_features, predict, score
+
+BASELINES = ("pooled", "local", "head-only", "linear-probe")
+YARDSTICKS = ("majority", "head-only", "linear-probe", "pooled")
+PROBE_C = (0.1, 1.0, 10.0, 100.0, 1000.0)  # inverse regularisation; MiniLM's features are small, so large ones win
+
+ROW = ("name", "accuracy", "macro_f1", "note")
+Row = dict[str, Any]
+
+
+def run_baseline(name: str, config: Config, output: str | Path, watch: Watch) -> Row:
+    """Runs one of BASELINES for `config` into the folder `output` and returns {"name", "accuracy", "macro_f1", "note"}.
+
+    head-only: the same federated run without adapters. pooled: one site with all the data, as many examples seen in
+    all. local: every client alone with the examples it would have seen on average, scored on its own share of the
+    test set. linear-probe: logistic regression on the frozen backbone's mean-pooled features. A finished one is read.
+    """
+    if name not in BASELINES:
+        raise InputError(f"--baseline: must be one of {', '.join(BASELINES)}, got {name!r}")
+    stored = Path(output) / "baseline.json"
+    key = {"name": name, "config": config_digest(config)}
+    if stored.is_file():
+        row = RunFolder(output).read_json(stored)
+        if {field: row.get(field) for field in key} == key:
+            return row
+        raise InputError(f"{output}: already holds a baseline of another run; choose another --output or delete it")
+    frozen = changed(config, method={"name": "head-only"})
+    if name == "head-only":
+        result = run(frozen, output, watch=watch)
+        row = _row(name, result.test, "federated, backbone frozen")
+    elif name == "pooled":
+        result = run(_pooled(config, build(frozen)), output, watch=watch)
+        row = _row(name, result.test, "one site with all the data, as many examples seen")
+    else:
+        folder = RunFolder.create(output, config)
+        with folder.lock():
+            row = linear_probe(build(frozen)) if name == "linear-probe" else local_only(config, watch)
+    RunFolder(output).write_json("baseline.json", row | key)
+    return row
+
+
+def yardsticks(config: Config, output: str | Path, watch: Watch) -> list[Row]:
+    """The YARDSTICKS of the run in `output`, written to its yardsticks.json; each is kept as soon as it is known."""
+    folder, rows = RunFolder.open(output), []
+    for name in YARDSTICKS:
+        watch("baseline", {"name": name})
+        if name == "majority":
+            rows.append(majority(config))
+        else:
+            rows.append(run_baseline(name, config, folder.path / "baselines" / name, watch))
+    folder.write_json("yardsticks.json", [{key: row[key] for key in ROW} for row in rows])
+    write_report(folder.path)
+    return rows
+
+
+def majority(config: Config) -> Row:
+    """Always the label most frequent in the training data."""
+    corpus = load_corpus(config.data, config.seed)
+    labels = corpus.test.labels
+    guess = np.full_like(labels, np.bincount(corpus.train.labels).argmax())
+    return _row("majority", score(Predictions(guess, labels, np.zeros(len(labels)))), "always the most frequent label")
+
+
+def linear_probe(experiment: Experiment) -> Row:
+    """Logistic regression on frozen mean-pooled features; its C is chosen on the validation split."""
+    from sklearn.linear_model import LogisticRegression
+
+    learner, batch_size = experiment.learner, experiment.config.evaluation.batch_size
+    parts = (experiment.train, experiment.validation, experiment.test)
+    train, validation, test = (mean_features(learner.model, part, batch_size, learner.device) for part in parts)
+    best, chosen = -1.0, None
+    for C in PROBE_C if len(validation) else PROBE_C[2:3]:
+        probe = LogisticRegression(C=C, max_iter=2000).fit(train, experiment.train.labels)
+        accuracy = probe.score(validation, experiment.validation.labels) if len(validation) else 0.0
+        if accuracy > best:
+            best, chosen = accuracy, probe
+    predicted = chosen.predict(test).astype(np.int64)
+    scores = score(Predictions(predicted, experiment.test.labels, np.zeros(len(predicted))))
+    return _row("linear-probe", scores, f"logistic regression on frozen features, C = {chosen.C:g}")
+
+
+def local_only(config: Config, watch: Watch) -> Row:
+    """Mean over clients of the accuracy of each one's own model on its own share of the test set; the worst beside."""
+    experiment = build(config)
+    config, learner, test = _alone(config, experiment), experiment.learner, experiment.test
+    start = learner.state()
+    rng = generator(config.seed, Purpose.EVALUATION)
+    shares = partition_like(experiment.clients, experiment.train.labels, test.labels, rng)
+    scores = []
+    for client, (indices, share) in enumerate(zip(experiment.clients, shares, strict=True)):
+        if len(share):
+            learner.load(train_client(learner, experiment.train, indices, client, 1, start, config).tensors)
+            own = predict(learner.model, test.take(share), config.evaluation.batch_size, learner.device)
+            scores.append(score(own))
+        watch("client", {"round": 1, "client": client, "position": client + 1, "of": len(shares)})
+    means = {name: float(np.mean([one[name] for one in scores])) for name in ("accuracy", "macro_f1")}
+    worst = min(one["accuracy"] for one in scores)
+    return _row("local", means, f"mean of {len(scores)} clients on their own test data; worst {worst:.3f}")
+
+
+def _alone(config: Config, experiment: Experiment) -> Config:
+    """One round in which a client does the work of all the rounds it would have been sampled in, on average."""
+    share = config.server.rounds * experiment.clients_per_round / len(experiment.clients)
+    steps = config.client.steps
+    work = {"epochs": max(1, round(share * config.client.epochs)), "steps": steps and max(1, round(share * steps))}
+    return changed(config, server={"rounds": 1}, client=work)
+
+
+def _pooled(config: Config, experiment: Experiment) -> Config:
+    """One client with all the data and one round, with as many examples seen as all rounds of the run together."""
+    client = config.client
+    batch = client.batch_size * client.accumulate
+    sizes = [len(own) for own in experiment.clients]
+    seen = [client.epochs * size if client.steps is None else client.steps * min(batch, size) for size in sizes]
+    total = config.server.rounds * experiment.clients_per_round * float(np.mean(seen))
+    return changed(
+        config,
+        server={"rounds": 1, "min_updates": 1, "clients_per_round": 1, "optimizer": "fedavg", "lr": 1.0},
+        partition={"scheme": "iid", "clients": 1, "min_size": 1},
+        client={"steps": math.ceil(total / batch), "proximal_mu": 0.0},
+        failures={"dropout": 0.0, "deadline": None},
+        evaluation={"per_client": False, "every": 1, "test_every": None},
+        run={"checkpoint_every": 1},
+    )
+
+
+def _row(name: str, scores: Mapping[str, float], note: str) -> Row:
+    return {"name": name, "accuracy": scores["accuracy"], "macro_f1": scores["macro_f1"], "note": note}

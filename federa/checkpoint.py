@@ -1,0 +1,120 @@
+"""Saves and restores everything a round depends on. Randomness is counter-based, so a round number stands for it."""
+
+import hashlib
+import json
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+
+from federa.errors import InputError
+from federa.folder import RunFolder, free_folder, publish_folder, to_json
+
+FORMAT = 1
+
+
+@dataclass
+class State:
+    """A run after `round` rounds.
+
+    tensors: the global trainable tensors. server: the server optimiser's tensors. seen: ids of the clients that have
+    had the one-off broadcast. bytes_total: sent so far, both ways. seconds: spent so far. best: the round with the
+    best validation accuracy so far and its scores.
+    """
+
+    round: int
+    tensors: dict[str, torch.Tensor]
+    server: dict[str, torch.Tensor] = field(default_factory=dict)
+    seen: list[int] = field(default_factory=list)
+    bytes_total: int = 0
+    seconds: float = 0.0
+    best: dict[str, Any] | None = None
+
+
+def save_checkpoint(folder: RunFolder, state: State, digest: str, keep: int = 2) -> None:
+    """Writes checkpoints/round-NNNNN atomically; keeps the newest `keep` and the best round's."""
+    path = folder.checkpoints / f"round-{state.round:05d}"
+    temporary = free_folder(path)
+    groups = {"global": state.tensors, "server": state.server}
+    content = save({f"{group}/{name}": t.cpu().contiguous() for group, ts in groups.items() for name, t in ts.items()})
+    (temporary / "state.safetensors").write_bytes(content)
+    facts = {name: getattr(state, name) for name in ("round", "seen", "bytes_total", "seconds", "best")}
+    facts |= {"format": FORMAT, "config": digest}
+    facts["sha256"] = _digest(facts, content)
+    (temporary / "state.json").write_text(to_json(facts) + "\n")
+    publish_folder(temporary, path)
+    best = state.best["round"] if state.best else None
+    for old in checkpoint_rounds(folder)[:-keep]:
+        if old != best:
+            shutil.rmtree(folder.checkpoints / f"round-{old:05d}")
+
+
+def checkpoint_rounds(folder: RunFolder) -> list[int]:
+    """Rounds that have a checkpoint, oldest first."""
+    paths = folder.checkpoints.glob("round-*") if folder.checkpoints.is_dir() else ()
+    return sorted(int(path.name.removeprefix("round-")) for path in paths if path.name[6:].isdigit())
+
+
+def load_checkpoint(folder: RunFolder, round: int, digest: str, template: dict[str, torch.Tensor]) -> State:
+    """The state after `round`. `template` has the names, shapes and dtypes that the run's tensors must have.
+
+    Raises InputError when a file is missing, corrupt, or from another configuration.
+    """
+    path = folder.checkpoints / f"round-{round:05d}"
+    facts = folder.read_json(path / "state.json")
+    hint = "delete that folder to resume from the checkpoint before it"
+    try:
+        content = (path / "state.safetensors").read_bytes()
+        if facts["format"] != FORMAT:
+            raise InputError(f"{path}: must be a checkpoint of format {FORMAT}, got {facts['format']}")
+        if facts["config"] != digest:
+            raise InputError(f"{path}: is a checkpoint of another configuration than {folder.config_file}")
+        if facts.pop("sha256") != _digest(facts, content) or facts["round"] != round:
+            raise InputError(f"{path}: is corrupt (its SHA-256 is not the recorded one); {hint}")
+        tensors = load(content)
+        state = State(
+            round=round,
+            tensors={name.removeprefix("global/"): t for name, t in tensors.items() if name.startswith("global/")},
+            server={name.removeprefix("server/"): t for name, t in tensors.items() if name.startswith("server/")},
+            **{name: facts[name] for name in ("seen", "bytes_total", "seconds", "best")},
+        )
+    except (OSError, AttributeError, KeyError, TypeError, SafetensorError) as error:
+        raise InputError(f"{path}: is corrupt ({error!r}); {hint}") from None
+    if (problem := mismatch(state.tensors, template)) is not None:
+        raise InputError(f"{path}: does not fit the run: {problem}")
+    return state
+
+
+def _digest(facts: dict[str, Any], content: bytes) -> str:
+    """SHA-256 over a checkpoint's facts and tensors."""
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode() + content).hexdigest()
+
+
+def mismatch(tensors: dict[str, torch.Tensor], template: dict[str, torch.Tensor]) -> str | None:
+    """None if `tensors` has the names, shapes and dtypes of `template`, else the first difference in words."""
+    if missing := sorted(template.keys() - tensors.keys()):
+        return f"{missing[0]} is missing"
+    if unknown := sorted(tensors.keys() - template.keys()):
+        return f"{unknown[0]} is not a trainable tensor of this run"
+    for name, expected in template.items():
+        got = tensors[name]
+        if got.shape != expected.shape or got.dtype != expected.dtype:
+            return f"{name} must be {expected.dtype} {tuple(expected.shape)}, got {got.dtype} {tuple(got.shape)}"
+    return None
+
+
+def newest_checkpoint(folder: RunFolder, digest: str, template: dict[str, torch.Tensor]) -> State | None:
+    """The newest saved state, or None if no round has been saved. Raises InputError as `load_checkpoint` does."""
+    rounds = checkpoint_rounds(folder)
+    return load_checkpoint(folder, rounds[-1], digest, template) if rounds else None
+
+
+def clear_leftovers(folder: Path) -> None:
+    """Removes the temporary files and folders that a killed process left behind."""
+    for pattern in (".*.tmp", "checkpoints/.*.tmp", ".*.old", "checkpoints/.*.old"):
+        for path in folder.glob(pattern):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()

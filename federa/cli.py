@@ -1,0 +1,166 @@
+"""The command line: argv -> config -> call. Exit codes: 0 done, 1 a run failed, 2 bad input, 130 interrupted."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from federa.errors import InputError, RunError
+
+app = typer.Typer(
+    help="Federated low-rank fine-tuning of language models (FeDeRA, arXiv 2404.18848).",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+console = Console()
+errors = Console(stderr=True, highlight=False, soft_wrap=True)
+
+ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file; see examples/.")]
+RunDir = Annotated[Path, typer.Argument(metavar="DIR", help="A run's folder.")]
+Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override, as in client.lr=1e-4.")]
+Output = Annotated[Path | None, typer.Option("--output", metavar="DIR", help="Default: runs/ and the config's name.")]
+
+
+@app.command()
+def run(
+    config: ConfigFile,
+    set: Set = None,
+    output: Output = None,
+    baseline: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Run a baseline instead: pooled, local, head-only, linear-probe.")
+    ] = None,
+    yardsticks: Annotated[bool, typer.Option("--yardsticks", help="Score four baselines beside the run.")] = False,
+) -> None:
+    """Run a configuration; a folder that holds the same run is taken up where it stopped."""
+    from federa import baselines, simulation
+    from federa.config import load_config
+    from federa.progress import RunProgress
+    from federa.report import ResultRow
+
+    resolved = load_config(config, set or [])
+    folder = output or Path("runs") / (f"{config.stem}-{baseline}" if baseline else config.stem)
+    with RunProgress(console) as watch:
+        if baseline is not None:
+            row = baselines.run_baseline(baseline, resolved, folder, watch)
+            watch.table([ResultRow(**{field: row[field] for field in ResultRow._fields})])
+            return
+        simulation.run(resolved, folder, watch=watch)
+        if yardsticks:
+            baselines.yardsticks(resolved, folder, watch)
+        watch.summary(folder)
+
+
+@app.command()
+def resume(directory: RunDir) -> None:
+    """Take a stopped run up after its last saved round."""
+    from federa import simulation
+    from federa.progress import RunProgress
+
+    with RunProgress(console) as watch:
+        simulation.resume(directory, watch=watch)
+        watch.summary(directory)
+
+
+@app.command()
+def evaluate(
+    directory: RunDir,
+    round: Annotated[str, typer.Option(help="A saved round, 'last' or 'best'.")] = "last",
+) -> None:
+    """Score a run's saved model on its test set."""
+    from federa.rounds import test_scores
+    from federa.simulation import restore
+
+    experiment, state = restore(directory, _round(directory, round))
+    scores = test_scores(experiment)
+    console.print(f"round {state.round}: " + ", ".join(f"{name} {value:.4f}" for name, value in scores.items()))
+
+
+@app.command()
+def export(
+    directory: RunDir,
+    format: Annotated[str, typer.Option(help="peft, merged or residual.")] = "peft",
+    output: Annotated[Path | None, typer.Option(metavar="DIR", help="Default: DIR/FORMAT.")] = None,
+    round: Annotated[str, typer.Option(help="A saved round, 'last' or 'best'.")] = "last",
+) -> None:
+    """Write a run's model for others: a PEFT adapter, a merged checkpoint, or the residual base with its adapter."""
+    from federa.export import check_export
+    from federa.export import export as export_model
+    from federa.simulation import restore
+
+    path = output or directory / format
+    check_export(format, path)
+    experiment, _ = restore(directory, _round(directory, round))
+    console.print(f"wrote {export_model(experiment, format, path)}", soft_wrap=True)
+
+
+@app.command()
+def partition(
+    config: ConfigFile,
+    set: Set = None,
+    output: Annotated[Path, typer.Option(metavar="PNG", help="The picture.")] = Path("partition.png"),
+) -> None:
+    """Show who holds what: a table, and a picture of labels over clients."""
+    from federa.config import load_config
+    from federa.experiment import partition_of
+    from federa.progress import partition_table
+    from federa.report import plot_partition
+
+    corpus, shares, counts = partition_of(load_config(config, set or []))
+    console.print(partition_table(corpus, shares, counts))
+    plot_partition(counts, corpus.label_names, output, shares.convention)
+    console.print(f"wrote {output}", soft_wrap=True)
+
+
+@app.command()
+def report(
+    directories: Annotated[list[Path], typer.Argument(metavar="DIR...", help="One run, or several to compare.")],
+    output: Annotated[Path, typer.Option(metavar="HTML", help="Of a comparison.")] = Path("comparison.html"),
+) -> None:
+    """Write a run's report.html again, or compare several runs on one page."""
+    from federa.folder import RunFolder
+    from federa.report import write_comparison, write_report
+
+    folders = [RunFolder.open(directory).path for directory in directories]
+    path = write_report(folders[0]) if len(folders) == 1 else write_comparison(folders, output)
+    console.print(f"wrote {path}", soft_wrap=True)
+
+
+@app.command()
+def doctor() -> None:
+    """Show versions, devices, which kernel paths are active, and why others are not."""
+    from federa.doctor import print_report
+
+    print_report(console)
+
+
+def _round(directory: Path, round: str) -> int | None:
+    from federa.simulation import best_round
+
+    if round == "last":
+        return None
+    if round == "best":
+        return best_round(directory)
+    if not round.isdigit():
+        raise InputError(f"--round: must be a number, 'last' or 'best', got {round!r}")
+    return int(round)
+
+
+def main() -> None:
+    """The entry point `federa`."""
+    try:
+        app()
+    except InputError as error:
+        errors.print(f"federa: {error}", style="bold red", markup=False)
+        raise SystemExit(2) from None
+    except RunError as error:
+        errors.print(f"federa: {error}; `federa resume` goes on from there", style="bold red", markup=False)
+        raise SystemExit(1) from None
+    except KeyboardInterrupt:
+        errors.print("federa: interrupted; every finished round is saved, `federa resume DIR` goes on", markup=False)
+        raise SystemExit(130) from None
+
+
+if __name__ == "__main__":
+    main()

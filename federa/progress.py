@@ -1,0 +1,120 @@
+"""What a person watching a run sees: bars on a terminal, a few lines elsewhere, the result table at the end."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from federa.data import Corpus
+from federa.folder import RunFolder
+from federa.partition import Partition
+from federa.report import ResultRow, results_table
+
+
+class RunProgress:
+    """Watches a run: `with RunProgress(console) as watch: run(..., watch=watch)`."""
+
+    def __init__(self, console: Console):
+        self.console = console
+        self.label = ""
+        self.bars = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[scores]}"),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self.rounds = self.bars.add_task("rounds", total=None, scores="", visible=False)
+        self.clients = self.bars.add_task("clients", total=None, scores="", visible=False)
+
+    def __enter__(self) -> "RunProgress":
+        self.bars.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bars.stop()
+
+    def __call__(self, event: str, facts: dict[str, Any]) -> None:
+        getattr(self, f"_{event}", lambda facts: None)(facts)
+
+    def _ready(self, facts: dict[str, Any]) -> None:
+        experiment, state = facts["experiment"], facts["state"]
+        config = experiment.config
+        if not self.label:
+            learner = experiment.learner
+            trained = sum(parameter.numel() for parameter in learner.trainable.values())
+            self._say(f"model    {experiment.source.origin}")
+            self._say(f"data     {experiment.corpus.source}: {len(experiment.train)} training examples, ", end="")
+            self._say(f"{len(experiment.validation)} validation, {len(experiment.test)} test")
+            self._say(f"clients  {len(experiment.clients)}, {experiment.clients_per_round} a round; ", end="")
+            self._say(experiment.partition.convention)
+            self._say(f"method   {config.method.name}, {trained:,} trainable parameters on {learner.device}")
+        self.bars.update(
+            self.rounds,
+            description=self.label or "rounds",
+            total=config.server.rounds,
+            completed=state.round,
+            scores="",
+            visible=True,
+        )
+        self.bars.update(self.clients, total=experiment.clients_per_round, completed=0, visible=True)
+
+    def _client(self, facts: dict[str, Any]) -> None:
+        self.bars.update(self.clients, total=facts["of"], completed=facts["position"], visible=True)
+
+    def _round(self, record: dict[str, Any]) -> None:
+        scores = f"loss {record['train_loss']:.3f}"
+        if record["validation"] is not None:
+            scores += f"  validation accuracy {record['validation']['accuracy']:.3f}"
+        self.bars.update(self.rounds, completed=record["round"], scores=scores)
+
+    def _baseline(self, facts: dict[str, Any]) -> None:
+        self.label = facts["name"]
+        self.bars.update(self.rounds, description=self.label, total=None, completed=0, scores="")
+        self.bars.update(self.clients, visible=False)
+
+    def _say(self, text: str, end: str = "\n") -> None:
+        self.console.print(text, end=end, markup=False, highlight=False, soft_wrap=True)
+
+    def summary(self, folder: Path) -> None:
+        """The result beside its yardsticks, and where everything lies."""
+        self.bars.stop()
+        self.table(results_table(folder))
+        place = RunFolder(folder)
+        self._say(f"report   {place.path / 'report.html'}")
+        if place.adapter.is_dir():
+            self._say(f"adapter  {place.adapter} (peft.PeftModel.from_pretrained loads it)")
+
+    def table(self, rows: Sequence[ResultRow]) -> None:
+        """The rows in the order given."""
+        self.bars.stop()
+        table = Table("", "test accuracy", "macro-F1", "")
+        for row in rows:
+            macro_f1 = "" if row.macro_f1 is None else f"{row.macro_f1:.3f}"
+            table.add_row(row.name, f"{row.accuracy:.1%}", macro_f1, row.note)
+        self.console.print(table)
+
+
+def partition_table(corpus: Corpus, partition: Partition, counts: np.ndarray) -> Table:
+    """Clients by size and labels; the middle of a long list is left out."""
+    table = Table("client", "examples", "labels", "effective labels", "largest", title=partition.convention)
+    shown = range(len(counts)) if len(counts) <= 40 else [*range(20), None, *range(len(counts) - 19, len(counts))]
+    for client in shown:
+        if client is None:
+            table.add_row("...", "", "", "", "")
+            continue
+        row = counts[client]
+        share = row[row > 0] / row.sum()
+        effective = float(np.exp(-(share * np.log(share)).sum()))
+        name = partition.names[client] if partition.names else str(client)
+        largest = f"{corpus.label_names[row.argmax()]} {row.max() / row.sum():.0%}"
+        table.add_row(name, str(row.sum()), str((row > 0).sum()), f"{effective:.1f}", largest)
+    return table

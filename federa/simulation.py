@@ -1,0 +1,186 @@
+"""A whole run on one machine: build, train round after round, score, export, report; and taking one up again."""
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from federa.checkpoint import (
+    State,
+    checkpoint_rounds,
+    clear_leftovers,
+    load_checkpoint,
+    newest_checkpoint,
+    save_checkpoint,
+)
+from federa.config import Config, config_digest, load_config
+from federa.errors import InputError
+from federa.experiment import Experiment, build
+from federa.export import export_peft, has_adapters
+from federa.folder import RunFolder, environment
+from federa.methods import Broadcast
+from federa.partition import label_counts
+from federa.report import write_report
+from federa.rounds import Watch, evaluate_round, run_rounds, test_scores
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """A finished run: its folder, its scores and its records, one mapping a round."""
+
+    folder: Path
+    test: Mapping[str, float]
+    validation: Mapping[str, float] | None
+    best: Mapping[str, Any] | None
+    records: Sequence[Mapping[str, Any]]
+    facts: Mapping[str, Any]
+
+    @property
+    def accuracy(self) -> float:
+        """Test accuracy after the last round."""
+        return self.test["accuracy"]
+
+    @property
+    def adapter(self) -> Path | None:
+        """The folder that `peft.PeftModel.from_pretrained` loads, or None for a method without adapters."""
+        path = RunFolder(self.folder).adapter
+        return path if path.is_dir() else None
+
+
+def _silent(event: str, facts: dict[str, Any]) -> None:
+    """Watches nothing."""
+
+
+def run(
+    config: str | Path | Mapping[str, Any] | Config,
+    output: str | Path = "runs/latest",
+    *,
+    overrides: Sequence[str] = (),
+    watch: Watch = _silent,
+) -> RunResult:
+    """Runs a configuration (file, mapping or Config, with "section.key=value" overrides) into the folder `output`.
+
+    A folder that holds the same run is taken up where it stopped, or read if it is finished. `watch(event, facts)` is
+    called as things happen: "ready", "client", "round", "scored". Raises InputError for bad input, before any training,
+    and RunError when a round cannot be completed; what was finished stays saved.
+    """
+    resolved = load_config(config, overrides)
+    folder = RunFolder.create(output, resolved)
+    with folder.lock():
+        return _finished(folder) or _train(folder, resolved, watch)
+
+
+def resume(output: str | Path, *, watch: Watch = _silent) -> RunResult:
+    """Takes up the run in `output` after its last saved round; the result is bitwise that of a run never stopped."""
+    folder = RunFolder.open(output)
+    with folder.lock():
+        return _finished(folder) or _train(folder, folder.config(), watch)
+
+
+def restore(output: str | Path, round: int | None = None) -> tuple[Experiment, State]:
+    """The experiment of a run's folder with the tensors after `round` (None: the newest saved) loaded."""
+    folder = RunFolder.open(output)
+    config = folder.config()
+    saved = checkpoint_rounds(folder)
+    if not saved:
+        raise InputError(f"{output}: must hold a checkpoint, got none")
+    if round is not None and round not in saved:
+        raise InputError(f"{output}: must hold a checkpoint of round {round}, got rounds {saved}")
+    experiment = build(config, Broadcast.load(folder.init_file))
+    state = load_checkpoint(
+        folder, saved[-1] if round is None else round, config_digest(config), experiment.learner.state()
+    )
+    experiment.learner.load(state.tensors)
+    return experiment, state
+
+
+def best_round(output: str | Path) -> int:
+    """The round with the best validation accuracy of a finished run. InputError if there was no validation."""
+    result = RunFolder.open(output).result()
+    if result is None or result["best"] is None:
+        raise InputError(f"{output}: must hold a finished run with a validation split to have a best round")
+    return result["best"]["round"]
+
+
+def _finished(folder: RunFolder) -> RunResult | None:
+    facts = folder.result()
+    if facts is None:
+        return None
+    return RunResult(folder.path, facts["test"], facts["validation"], facts["best"], folder.metrics(), facts)
+
+
+def _train(folder: RunFolder, config: Config, watch: Watch) -> RunResult:
+    clear_leftovers(folder.path)
+    begun = folder.init_file.is_file()
+    experiment = build(config, Broadcast.load(folder.init_file) if begun else None)
+    learner, digest = experiment.learner, config_digest(config)
+    template = learner.state()
+    state = newest_checkpoint(folder, digest, template) if begun else None
+    if state is None:
+        state = _begin(experiment, folder, digest)
+    folder.rewind_metrics(state.round)
+    watch("ready", {"experiment": experiment, "state": state})
+    started = time.perf_counter()
+    state = run_rounds(experiment, folder, state, watch)
+    watch("trained", {"seconds": time.perf_counter() - started})
+    return _conclude(experiment, folder, state, watch)
+
+
+def _begin(experiment: Experiment, folder: RunFolder, digest: str) -> State:
+    """Writes what is known before the first round; init.safetensors last, so that it stands for all of it."""
+    learner, config = experiment.learner, experiment.config
+    folder.write_json("environment.json", environment(str(learner.device), torch.get_num_threads()))
+    labels, partition = experiment.corpus.label_names, experiment.partition
+    counts = label_counts(partition.indices, experiment.train.labels, len(labels))
+    facts = {"scheme": partition.scheme, "convention": partition.convention, "label_names": labels}
+    folder.write_json("partition.json", facts | {"counts": counts.tolist(), "names": partition.names})
+    learner.broadcast.save(folder.init_file)
+    state = State(0, learner.state())
+    folder.rewind_metrics(-1)
+    folder.append_metrics({"round": 0} | evaluate_round(experiment, state))
+    save_checkpoint(folder, state, digest)
+    return state
+
+
+def _conclude(experiment: Experiment, folder: RunFolder, state: State, watch: Watch) -> RunResult:
+    """Scores the last and the best round on the test set, exports the adapter, writes result.json and the report."""
+    learner, config = experiment.learner, experiment.config
+    best = state.best
+    records = folder.metrics()
+    if best is not None and best["round"] != state.round:
+        learner.load(load_checkpoint(folder, best["round"], config_digest(config), learner.state()).tensors)
+        best = best | {"test": test_scores(experiment)}
+    learner.load(state.tensors)
+    test = test_scores(experiment)
+    if best is not None and best["round"] == state.round:
+        best = best | {"test": test}
+    if has_adapters(experiment):
+        export_peft(experiment, folder.adapter)
+    trainable = sum(parameter.numel() for parameter in learner.trainable.values())
+    facts = {
+        "rounds": state.round,
+        "test": test,
+        "validation": records[-1]["validation"],
+        "best": best,
+        "trainable_parameters": trainable,
+        "total_parameters": parameter_count(experiment),
+        "seconds": state.seconds,
+        "bytes_total": state.bytes_total,
+        "model": experiment.source.origin,
+        "source": experiment.corpus.source,
+        "method": config.method.name,
+    }
+    folder.write_json("result.json", facts)
+    write_report(folder.path)
+    watch("scored", facts)
+    return RunResult(folder.path, test, facts["validation"], best, records, facts)
+
+
+def parameter_count(experiment: Experiment) -> int:
+    """Parameters of the model before it was adapted: what sending the whole model would cost."""
+    model = experiment.learner.model
+    extra = sum(p.numel() for name, p in model.named_parameters() if ".lora_" in name)
+    return sum(parameter.numel() for parameter in model.parameters()) - extra
