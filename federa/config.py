@@ -39,9 +39,9 @@ class ModelConfig(Section):
 
 
 class DataConfig(Section):
-    """Where the text comes from: `name` (hub, or the embedded "stdlib-docs") or `path` (local files)."""
+    """Where the text comes from: `path` (local files) if it is given, else `name` (hub, or "stdlib-docs")."""
 
-    name: Annotated[str, Field(min_length=1)] | None = None
+    name: Annotated[str, Field(min_length=1)] = "stdlib-docs"
     path: Annotated[str, Field(min_length=1)] | None = None  # a file, or a folder with train.* and test.*
     subset: str | None = None  # the hub's configuration name
     train_split: str = "train"
@@ -54,12 +54,6 @@ class DataConfig(Section):
     max_train: Count | None = None  # keep the first examples of a seeded shuffle
     max_test: Count | None = None
     cache: str | None = None  # folder of tokenised data; default: the user's cache folder
-
-    @model_validator(mode="after")
-    def _one_source(self):
-        if self.name is not None and self.path is not None:
-            raise ValueError("data.name and data.path exclude each other, got both")
-        return self
 
 
 class PartitionConfig(Section):

@@ -81,7 +81,7 @@ def load_corpus(config: DataConfig, seed: int) -> Corpus:
     """The train and test texts of a source. A single file is split by a hash of the text, a fifth for test."""
     if config.path is not None:
         source, train, test, names = _read_path(config)
-    elif config.name in (None, STDLIB_DOCS):
+    elif config.name == STDLIB_DOCS:
         source, train, test, names = _read_stdlib_docs()
     else:
         source, train, test, names = _read_hub(config)

@@ -1,7 +1,8 @@
 """Finds and loads a pretrained sequence-classification model: hub name, local folder or the demo's PyPI package."""
 
 import importlib.util
-import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -186,30 +187,30 @@ def _cached(name: str, revision: str | None) -> bool:
     return isinstance(try_to_load_from_cache(name, "config.json", revision=revision), str)
 
 
-class _readable_errors:
+@contextmanager
+def _readable_errors(source: ModelSource) -> Iterator[None]:
     """Turns what transformers raises for unusable files into one InputError line."""
-
-    def __init__(self, source: ModelSource):
-        self.source = source
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, kind, error, trace):
-        if isinstance(error, InputError) or not isinstance(error, Exception):
-            return False
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:  # transformers, tokenizers, safetensors and remote code have no common error
         text = " ".join(str(error).split())
         text = text if len(text) <= 200 else text[:197] + "..."
-        raise InputError(f"model.name: cannot load {self.source.origin}: {text}") from error
+        raise InputError(f"model.name: cannot load {source.origin}: {text}") from error
 
 
-class _quiet_transformers:
-    """Silences transformers' report of weights that a new head lacks: here that is the normal case."""
+@contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """Silences the loading bar and the report of weights that a new head lacks: here that is the normal case."""
+    from transformers.utils import logging
 
-    def __enter__(self):
-        self.logger = logging.getLogger("transformers")
-        self.level = self.logger.level
-        self.logger.setLevel(logging.ERROR)
-
-    def __exit__(self, *_):
-        self.logger.setLevel(self.level)
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()

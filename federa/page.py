@@ -53,7 +53,7 @@ section + details { margin-top: 1.5rem }
 details[open] { padding-bottom: 1.5rem }
 summary { cursor: pointer; font-weight: 600 }
 details > :nth-child(2) { margin-top: .9rem }
-details td, details th { font-size: .82rem }
+details td, details th { font-size: .82rem; padding-right: .9rem }
 pre { margin: 0; padding: 1rem; background: var(--wash); border-radius: 6px; overflow-x: auto; font-size: .82rem }
 footer { margin-top: 3rem }
 @media (max-width: 40rem) {

@@ -172,7 +172,7 @@ def _facts(run: Run) -> dict[str, str]:
         + (f", rank {method.rank}, alpha {method.alpha or method.rank:g}, {targets}" if adapters else ""),
         "Clients": f"{run.clients} ({run.partition.scheme if run.partition else config.partition.scheme}), "
         + (f"{server.clients_per_round} a round" if server.clients_per_round else "all in every round"),
-        "Local training": f"{client.optimizer}, rate {client.lr:g}, batch {client.batch_size}, {local} a round",
+        "Local training": f"{client.optimizer}, lr {client.lr:g}, batch {client.batch_size}, {local} a round",
         "Server": server.optimizer,
     }
     if run.bytes_per_client:
@@ -192,7 +192,8 @@ def _results_section(run: Run) -> str:
     cells = [
         (escape(row.name), page.bar(row.accuracy), number(row.macro_f1, percent), escape(row.note)) for row in rows
     ]
-    ours = [index for index, row in enumerate(rows) if row.name.startswith(run.method)]
+    yardsticks = {row.name for row in run.yardsticks}
+    ours = [index for index, row in enumerate(rows) if row.name not in yardsticks]
     return page.section("Results", page.table(("", "Accuracy", "Macro F1", ""), cells, numeric=(2,), strong=ours))
 
 
@@ -226,7 +227,7 @@ def _rounds_section(rounds: Sequence[Round]) -> str:
     note = f"<p>One round in {step}; metrics.jsonl holds all.</p>" if step > 1 else ""
     shown = [row for index, row in enumerate(rounds) if index % step == 0 or row is rounds[-1]]
     columns = (
-        *("Round", "Clients", "Without an update", "Examples", "Steps", "Training loss", "Update norm"),
+        *("Round", "Clients", "Lost", "Examples", "Steps", "Training loss", "Update norm"),
         *("Validation", "Test", "MB up", "MB down", "MB so far", "Time"),
     )
     table = page.table(columns, [_round_cells(row) for row in shown], numeric=[0, 1, *range(3, 13)])

@@ -23,7 +23,6 @@ from federa.export import export_peft, has_adapters
 from federa.folder import RunFolder, environment
 from federa.methods import Broadcast
 from federa.partition import label_counts
-from federa.report import write_report
 from federa.rounds import Watch, evaluate_round, run_rounds, test_scores
 
 
@@ -131,7 +130,7 @@ def _train(folder: RunFolder, config: Config, watch: Watch) -> RunResult:
 
 def _begin(experiment: Experiment, folder: RunFolder, digest: str) -> State:
     """Writes what is known before the first round; init.safetensors last, so that it stands for all of it."""
-    learner, config = experiment.learner, experiment.config
+    learner = experiment.learner
     folder.write_json("environment.json", environment(str(learner.device), torch.get_num_threads()))
     labels, partition = experiment.corpus.label_names, experiment.partition
     counts = label_counts(partition.indices, experiment.train.labels, len(labels))
@@ -147,6 +146,8 @@ def _begin(experiment: Experiment, folder: RunFolder, digest: str) -> State:
 
 def _conclude(experiment: Experiment, folder: RunFolder, state: State, watch: Watch) -> RunResult:
     """Scores the last and the best round on the test set, exports the adapter, writes result.json and the report."""
+    from federa.report import write_report  # brings matplotlib along
+
     learner, config = experiment.learner, experiment.config
     best = state.best
     records = folder.metrics()

@@ -1,7 +1,9 @@
 """Options and fixtures that several test files share."""
 
 import importlib.util
+import json
 import os
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -37,3 +39,82 @@ def minilm_path() -> Path:
     if spec is None:
         missing('all-MiniLM-L6-v2 is not installed: pip install "federa[demo]"')
     return Path(spec.submodule_search_locations[0], "model")
+
+
+LABELS = ("email", "logging", "unittest", "urllib")
+
+
+@pytest.fixture(scope="session")
+def tiny_data(tmp_path_factory) -> Path:
+    """A folder of real text: 160 docstrings for training and 48 for test, 4 labels and a column "author" of 6 names."""
+    from federa.stdlib_docs import stdlib_docs
+
+    folder = tmp_path_factory.mktemp("tiny_data")
+    *splits, names = stdlib_docs()
+    for split, texts, count in zip(("train", "test"), splits, (40, 12), strict=True):
+        chosen = [i for label in LABELS for i in (texts.labels == names.index(label)).nonzero()[0][:count]]
+        rows = [
+            {"text": texts.texts[i], "label": names[texts.labels[i]], "author": f"author {i % 6}"}
+            for i in sorted(chosen)
+        ]
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_models(tmp_path_factory, tiny_data):
+    """tiny_models(family) -> the folder of a random model of the real class, two layers of width 32, with a tokenizer
+    trained on `tiny_data`."""
+    import torch
+    import transformers as hf
+    from tokenizers import BertWordPieceTokenizer
+
+    texts = [json.loads(line)["text"] for line in (tiny_data / "train.jsonl").open()]
+    wordpieces = BertWordPieceTokenizer()
+    wordpieces.train_from_iterator(texts, vocab_size=600, show_progress=False)
+    tokenizer = hf.PreTrainedTokenizerFast(
+        tokenizer_object=wordpieces._tokenizer, pad_token="[PAD]", unk_token="[UNK]", model_max_length=64
+    )
+    size = {"vocab_size": 600, "pad_token_id": 0, "max_position_embeddings": 80}
+    usual = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    relative = {"relative_attention": True, "pos_att_type": ["p2c", "c2p"], "pooler_hidden_size": 32}
+    configs = {
+        "bert": hf.BertConfig(**size, **usual),
+        "roberta": hf.RobertaConfig(**size, **usual),
+        "distilbert": hf.DistilBertConfig(**size, dim=32, n_layers=2, n_heads=2, hidden_dim=64),
+        "deberta-v2": hf.DebertaV2Config(**size, **usual, **relative),
+        "gpt2": hf.GPT2Config(**size, n_embd=32, n_layer=2, n_head=2),
+    }
+
+    @cache
+    def folder(family: str) -> Path:
+        path = tmp_path_factory.mktemp(family)
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            model = hf.AutoModel.from_config(configs[family])
+        with torch.no_grad():
+            for parameter in model.parameters():  # a width of 32 wants larger weights than 0.02 to say anything
+                if parameter.dim() == 2:
+                    parameter.mul_(5.0)
+        model.save_pretrained(path)
+        tokenizer.save_pretrained(path)
+        return path
+
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_config(tmp_path_factory, tiny_models, tiny_data):
+    """A Config that trains the tiny BERT on `tiny_data`: 5 clients, 2 of them in each of 3 rounds."""
+    from federa.config import load_config
+
+    return load_config(
+        {
+            "model": {"name": str(tiny_models("bert"))},
+            "data": {"path": str(tiny_data), "max_length": 24, "cache": str(tmp_path_factory.mktemp("tokens"))},
+            "partition": {"clients": 5},
+            "method": {"rank": 4, "alpha": 8.0},
+            "server": {"rounds": 3, "clients_per_round": 2},
+            "run": {"threads": 1},
+        }
+    )

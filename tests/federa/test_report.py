@@ -27,7 +27,7 @@ def write_run(
     shares = rng.dirichlet(np.full(clients, 0.5), size=labels).T
     partition = {
         "scheme": "dirichlet_label",
-        "convention": "dirichlet_label: every label is split over the clients by Dir(alpha = 0.5), then clients below 2 are repaired",
+        "convention": "dirichlet_label: every label is split over the clients by Dir(alpha = 0.5), min size 2",
         "label_names": names.get("label_names") or [f"label {i}" for i in range(labels)],
         "counts": (shares * 900).round().astype(int).tolist(),
         "names": names.get("client_names"),

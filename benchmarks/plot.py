@@ -1,0 +1,102 @@
+"""Records of runs -> the README's tables and figures. No number is typed into the README by hand.
+
+    python -m benchmarks.plot add NAME RUN_FOLDER    record a finished run and copy its figures
+    python -m benchmarks.plot                        write the README's tables again
+"""
+
+import argparse
+import json
+import shutil
+import subprocess
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from federa.folder import RunFolder, to_json, write_atomic
+from federa.records import read_run
+from federa.report import results_table
+
+ROOT = Path(__file__).parent.parent
+RECORDS = ROOT / "benchmarks/results/runs.jsonl"
+PLOTS = ROOT / "benchmarks/plots"
+README = ROOT / "README.md"
+
+
+def record_run(name: str, folder: Path) -> dict[str, Any]:
+    """One record of a finished run: its scores beside its yardsticks, its cost, and what it ran on."""
+    run, config = read_run(folder), RunFolder.open(folder).config()
+    traffic = run.rounds[-1].bytes
+    facts = run.result
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    kept = ("python", "platform", "device", "threads", "torch", "transformers")
+    return {
+        "subject": "run",
+        "name": name,
+        "rows": [row._asdict() for row in results_table(folder)],
+        "rounds": facts.rounds,
+        "clients": len(run.partition.counts),
+        "clients_per_round": config.server.clients_per_round,
+        "convention": run.partition.convention,
+        "seconds": round(facts.seconds, 1),
+        "bytes_up_per_client": traffic.up_per_client,
+        "trainable_parameters": facts.trainable_parameters,
+        "total_parameters": facts.total_parameters,
+        "source": facts.source,
+        "seed": config.seed,
+        "environment": {key: run.environment[key] for key in kept},
+        "commit": commit.stdout.strip(),
+        "utc": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def add(name: str, folder: Path) -> None:
+    """Puts a run's record in the place of an older one of that name, and its figures under plots/."""
+    records = [record for record in read_records() if record["name"] != name] + [record_run(name, folder)]
+    write_atomic(RECORDS, "".join(to_json(record) + "\n" for record in sorted(records, key=lambda r: r["name"])))
+    for figure in ("curves", "partition"):
+        shutil.copyfile(folder / f"{figure}.png", PLOTS / f"{name}-{figure}.png")
+
+
+def read_records() -> list[dict[str, Any]]:
+    return [json.loads(line) for line in RECORDS.read_text().splitlines()] if RECORDS.is_file() else []
+
+
+def tables(readme: str, records: list[dict[str, Any]]) -> str:
+    """The README with what lies between its table markers made from `records`."""
+    for record in records:
+        start, end = f"<!-- table {record['name']} -->\n", "<!-- end -->"
+        before, found, rest = readme.partition(start)
+        if found:
+            readme = before + start + _table(record) + end + rest.partition(end)[2]
+    return readme
+
+
+def _table(record: dict[str, Any]) -> str:
+    lines = ["| | test accuracy | macro-F1 | |", "|---|---:|---:|---|"]
+    lines += [
+        f"| {row['name']} | {row['accuracy']:.1%} | {row['macro_f1']:.3f} | {row['note']} |" for row in record["rows"]
+    ]
+    share = record["trainable_parameters"] / record["total_parameters"]
+    full = 4 * record["total_parameters"] / 1e6
+    facts = (
+        f"{record['rounds']} rounds, {record['clients_per_round']} of {record['clients']} clients each, "
+        f"{record['seconds'] / 60:.1f} min of training and validation on {record['environment']['threads']} CPU threads; "
+        f"{share:.1%} of the parameters train, {record['bytes_up_per_client'] / 1e6:.1f} MB up per client and round "
+        f"instead of {full:.0f} MB. Seed {record['seed']}, {record['convention']}, torch {record['environment']['torch']}."
+    )
+    return "\n".join(lines) + f"\n\n{facts}\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("words", nargs="*", metavar="add NAME RUN_FOLDER")
+    words = parser.parse_args().words
+    if words and (words[0] != "add" or len(words) != 3):
+        parser.error("must be nothing, or: add NAME RUN_FOLDER")
+    if words:
+        add(words[1], Path(words[2]))
+    write_atomic(README, tables(README.read_text(encoding="utf-8"), read_records()))
+
+
+if __name__ == "__main__":
+    main()
