@@ -1,7 +1,7 @@
 """Records of runs -> the README's tables and figures. No number is typed into the README by hand.
 
-    python -m benchmarks.plot add NAME RUN_FOLDER    record a finished run and copy its figures
-    python -m benchmarks.plot                        write the README's tables again
+python -m benchmarks.plot add NAME RUN_FOLDER    record a finished run and copy its figures
+python -m benchmarks.plot                        write the README's tables again
 """
 
 import argparse

@@ -1,6 +1,6 @@
 """The main job from Python: FeDeRA on all-MiniLM-L6-v2, 20 clients with different labels, a PEFT adapter at the end.
 
-    python examples/federated_finetune.py [FOLDER]
+python examples/federated_finetune.py [FOLDER]
 """
 
 import sys

@@ -1,9 +1,9 @@
 """federa: federated low-rank fine-tuning of language models at the cost of the frozen model.
 
-    run(config, output) -> RunResult   a whole simulated run
-    resume(output) -> RunResult        takes up a stopped one, bitwise
-    load_config(source, overrides)     a validated Config
-    InputError, RunError               the two ways to fail
+run(config, output) -> RunResult   a whole simulated run
+resume(output) -> RunResult        takes up a stopped one, bitwise
+load_config(source, overrides)     a validated Config
+InputError, RunError               the two ways to fail
 """
 
 from importlib import import_module

@@ -1,7 +1,8 @@
 """One client's local training."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -42,32 +43,52 @@ def train_client(
     """
     learner.load(start)
     learner.model.train()
+    parameters = list(learner.trainable.values())
+    mu = config.client.proximal_mu
+    anchor = [parameter.detach().clone() for parameter in parameters] if mu > 0 else []
     optimizer = _optimizer(learner, config.client)
     base_rates = [group["lr"] for group in optimizer.param_groups]
-    parameters = list(learner.trainable.values())
     total = local_steps(len(indices), config.client)
     losses, seen = 0.0, 0
-    for step, batches in enumerate(_steps(examples, indices, client, round, config, total)):
-        factor = rate_factor(config.client, (round - 1 + (step + 0.5) / total) / config.server.rounds)
-        for group, rate in zip(optimizer.param_groups, base_rates, strict=True):
-            group["lr"] = rate * factor
-        if config.model.dropout > 0:
-            torch.manual_seed(torch_seed(config.seed, Purpose.DROPOUT, round=round, client=client, step=step))
-        count = sum(map(len, batches))
-        optimizer.zero_grad(set_to_none=True)
-        for batch_indices in batches:
-            batch = {name: t.to(learner.device) for name, t in examples.batch(batch_indices).items()}
-            loss = loss_sum(learner.model, batch)
-            (loss / count).backward()
-            losses += loss.item()
-        seen += count
-        if config.client.proximal_mu > 0:
-            _add_proximal_gradient(learner, start, config.client.proximal_mu)
-        if config.client.clip_norm is not None:
-            torch.nn.utils.clip_grad_norm_(parameters, config.client.clip_norm)
-        optimizer.step()
+    with _dropout_streams(learner, config) as seed_dropout:
+        for step, batches in enumerate(_steps(examples, indices, client, round, config, total)):
+            factor = rate_factor(config.client, (round - 1 + (step + 0.5) / total) / config.server.rounds)
+            for group, rate in zip(optimizer.param_groups, base_rates, strict=True):
+                group["lr"] = rate * factor
+            seed_dropout(round=round, client=client, step=step)
+            optimizer.zero_grad(set_to_none=True)
+            losses += _accumulate_gradients(learner, examples, batches)
+            seen += sum(map(len, batches))
+            for parameter, origin in zip(parameters, anchor, strict=False):
+                if parameter.grad is not None:
+                    parameter.grad.add_(parameter.detach() - origin, alpha=mu)
+            if config.client.clip_norm is not None:
+                torch.nn.utils.clip_grad_norm_(parameters, config.client.clip_norm)
+            optimizer.step()
     mean_loss = losses / seen
     return ClientUpdate(client, len(indices), total, learner.state(), {"loss": mean_loss}, math.isfinite(mean_loss))
+
+
+def _accumulate_gradients(learner: Learner, examples: Examples, batches: list[np.ndarray]) -> float:
+    """Gradients of the mean loss over the examples of all `batches`; returns the sum of their losses."""
+    count, losses = sum(map(len, batches)), 0.0
+    for indices in batches:
+        batch = {name: tensor.to(learner.device) for name, tensor in examples.batch(indices).items()}
+        loss = loss_sum(learner.model, batch)
+        (loss / count).backward()
+        losses += loss.item()
+    return losses
+
+
+@contextmanager
+def _dropout_streams(learner: Learner, config: Config) -> Iterator[Callable[..., None]]:
+    """Torch's dropout knows only the global generator: seeds it by (round, client, step), and puts it back after."""
+    if config.model.dropout == 0:
+        yield lambda **stream: None
+        return
+    devices = [learner.device] if learner.device.type == "cuda" else []
+    with torch.random.fork_rng(devices):
+        yield lambda **stream: torch.manual_seed(torch_seed(config.seed, Purpose.DROPOUT, **stream))
 
 
 def local_steps(size: int, config: ClientConfig) -> int:
@@ -114,10 +135,3 @@ def _optimizer(learner: Learner, config: ClientConfig) -> torch.optim.Optimizer:
     if config.optimizer == "sgd":
         return torch.optim.SGD(groups, momentum=config.momentum, weight_decay=config.weight_decay)
     return torch.optim.AdamW(groups, betas=config.betas, weight_decay=config.weight_decay, fused=True)
-
-
-def _add_proximal_gradient(learner: Learner, start: Mapping[str, torch.Tensor], mu: float) -> None:
-    with torch.no_grad():
-        for name, parameter in learner.trainable.items():
-            if parameter.grad is not None:
-                parameter.grad.add_(parameter - start[name], alpha=mu)

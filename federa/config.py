@@ -7,15 +7,17 @@ types and impossible values raise `InputError` with one line that names the key 
 import difflib
 import hashlib
 import json
+import reprlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from federa import strict_yaml
 from federa.errors import InputError
 
+Text = Annotated[str, Field(min_length=1, pattern=r"^[^\x00]*$")]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
@@ -30,8 +32,8 @@ class Section(BaseModel):
 class ModelConfig(Section):
     """Any transformers sequence-classification model, by hub name or local folder."""
 
-    name: Annotated[str, Field(min_length=1)] = "sentence-transformers/all-MiniLM-L6-v2"
-    revision: str | None = None
+    name: Text = "sentence-transformers/all-MiniLM-L6-v2"
+    revision: Text | None = None
     trust_remote_code: bool = False
     pooling: Literal["default", "mean"] = "default"  # default: transformers' own head; mean: masked mean + linear
     dropout: Fraction = 0.0  # of the backbone; principal components want none
@@ -41,19 +43,19 @@ class ModelConfig(Section):
 class DataConfig(Section):
     """Where the text comes from: `path` (local files) if it is given, else `name` (hub, or "stdlib-docs")."""
 
-    name: Annotated[str, Field(min_length=1)] = "stdlib-docs"
-    path: Annotated[str, Field(min_length=1)] | None = None  # a file, or a folder with train.* and test.*
-    subset: str | None = None  # the hub's configuration name
-    train_split: str = "train"
-    test_split: str = "test"
-    text: str = "text"  # column
-    label: str = "label"  # column: ids 0..L-1 or strings
-    client: str | None = None  # column that names the client, for partition.scheme natural
+    name: Text = "stdlib-docs"
+    path: Text | None = None  # a file, or a folder with train.* and test.*
+    subset: Text | None = None  # the hub's configuration name
+    train_split: Text = "train"
+    test_split: Text = "test"
+    text: Text = "text"  # column
+    label: Text = "label"  # column: ids 0..L-1 or strings
+    client: Text | None = None  # column that names the client, for partition.scheme natural
     max_length: Annotated[int, Field(ge=4, le=32768)] = 128  # tokens
     validation: Fraction = 0.1  # share of the training data held out for everything that is chosen
     max_train: Count | None = None  # keep the first examples of a seeded shuffle
     max_test: Count | None = None
-    cache: str | None = None  # folder of tokenised data; default: the user's cache folder
+    cache: Text | None = None  # folder of tokenised data; default: the user's cache folder
 
 
 class PartitionConfig(Section):
@@ -75,7 +77,7 @@ class MethodConfig(Section):
     name: Literal["federa", "lora", "head-only", "full"] = "federa"
     rank: Count = 8
     alpha: Positive | None = None  # None: alpha = rank, so that the scaling s = alpha / rank is 1
-    target_modules: str | list[str] = "all-linear"  # suffixes, one regular expression, or "all-linear"
+    target_modules: Text | Annotated[list[Text], Field(min_length=1)] = "all-linear"  # suffixes, one regular expression, or "all-linear"
     residual_dtype: Literal["float32", "bfloat16"] = "float32"
 
 
@@ -130,7 +132,7 @@ class EvaluationConfig(Section):
 
 
 class RunSection(Section):
-    cohort: Literal["auto", 1] = 1  # clients trained in one batch; this version trains them one after another
+    cohort: Literal["auto"] | Annotated[int, Field(ge=1, le=1)] = 1  # clients trained in one batch; this version trains them one after another
     threads: Count | None = None  # CPU threads; None: torch's own choice
     checkpoint_every: Count = 1  # rounds
 
@@ -175,7 +177,7 @@ def load_config(source: str | Path | Mapping[str, Any] | Config, overrides: Sequ
     if isinstance(source, Config):
         values = source.model_dump(mode="json")
     elif isinstance(source, Mapping):
-        values = json.loads(json.dumps(source))
+        values = _plain(source)
     else:
         values = _read_yaml(Path(source))
     for override in overrides:
@@ -196,7 +198,7 @@ def changed(config: Config, **sections: Mapping[str, Any]) -> Config:
 
 def dump_config(config: Config) -> str:
     """The resolved configuration as YAML; `load_config` of it gives an equal `Config`."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+    return strict_yaml.render(config.model_dump(mode="json"))
 
 
 def config_digest(config: Config) -> str:
@@ -206,39 +208,63 @@ def config_digest(config: Config) -> str:
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
+def _plain(source: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy that holds what YAML could: mappings, lists, strings, numbers, booleans and null."""
+    try:
+        return json.loads(json.dumps(dict(source)))
+    except (TypeError, ValueError, RecursionError) as error:
+        raise InputError(f"config: must hold plain values only, got: {error}") from None
+
+
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise InputError(f"config: no file {path}") from None
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise InputError(f"config: cannot read {path}: {error}") from None
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise InputError(f"config: {path} is not YAML: {' '.join(str(error).split())}") from None
+    try:
+        values = strict_yaml.parse(text)
+    except ValueError as error:
+        raise InputError(f"config: {path}: {error}") from None
     if values is None:
         return {}
     if not isinstance(values, dict):
-        raise InputError(f"config: {path} must hold a mapping of sections, got {type(values).__name__}")
+        raise InputError(f"config: {path} must hold a mapping of sections, got {_shorten(values)}")
     return values
 
 
 def _apply_override(values: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key.strip():
-        raise InputError(f"--set: must be section.key=value, got {override!r}")
+        raise InputError(f"--set: must be section.key=value, got {_shorten(override)}")
     try:
-        value = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError, RecursionError):
-        raise InputError(f"--set: {key} must have a YAML value, got {text!r}") from None
+        value = strict_yaml.parse(text)
+    except ValueError:
+        raise InputError(f"--set: {key} must have a YAML value, got {_shorten(text)}") from None
     *sections, name = key.strip().split(".")
     for section in sections:
         inner = values.setdefault(section, {})
         if inner is None:
             inner = values[section] = {}
         if not isinstance(inner, dict):
-            raise InputError(f"--set: {key} is not a key, {section} holds {inner!r}")
+            raise InputError(f"--set: {key} is not a key, {section} holds {_shorten(inner)}")
         values = inner
     values[name] = value
+
+
+_EXPECTED = {  # where pydantic's words would not say what may be written
+    "method.target_modules": "must be a string or a list of strings",
+    "client.betas": "must be a list of 2 numbers in [0, 1)",
+    "server.betas": "must be a list of 2 numbers in [0, 1)",
+    "run.cohort": "must be auto or 1",
+}
+_WORDS = {
+    "model_type": "must be a mapping of keys",
+    "string_pattern_mismatch": "must hold no NUL character",
+    "string_too_short": "must not be empty",
+    "string_unicode": "must be valid Unicode",
+}
 
 
 def _one_line(error: ValidationError) -> str:
@@ -251,14 +277,12 @@ def _one_line(error: ValidationError) -> str:
         location.pop()
     key = ".".join(location)
     if first["type"] == "extra_forbidden":
-        nearest = _nearest(location, keys)
-        return f"config: {key} is not a key" + (f"; did you mean {nearest}?" if nearest else "")
+        return f"config: {_shown_key(key)} is not a key; {_hint(location, keys)}"
     message = first["msg"].removeprefix("Value error, ")
     message = message.replace("Input should be", "must be").replace("Input should", "must")
-    got = _shorten(first["input"])
     if not key:
         return f"config: {message}"
-    return f"config: {key} {message}, got {got}"
+    return f"config: {key} {_EXPECTED.get(key) or _WORDS.get(first['type'], message)}, got {_shorten(first['input'])}"
 
 
 def _known_keys() -> dict[str, None]:
@@ -270,17 +294,32 @@ def _known_keys() -> dict[str, None]:
     return keys
 
 
-def _nearest(location: list[str], keys: Mapping[str, None]) -> str | None:
-    name = location[-1]
-    same_section = [key for key in keys if key.rpartition(".")[0] == ".".join(location[:-1])]
+def _hint(location: list[str], keys: Mapping[str, None]) -> str:
+    """What may have been meant by an unknown key: the nearest key of its section, of any section, or their list."""
+    if ".".join(location) in keys:
+        return f"write {location[-1].rpartition('.')[2]} inside the section {location[0].partition('.')[0]}"
+    section = ".".join(location[:-1])
+    same_section = [key for key in keys if key.rpartition(".")[0] == section]
     for candidates in (same_section, list(keys)):
         by_leaf = {key.rpartition(".")[2]: key for key in candidates}
-        match = difflib.get_close_matches(name, by_leaf, n=1, cutoff=0.6)
-        if match:
-            return by_leaf[match[0]]
-    return None
+        if match := difflib.get_close_matches(location[-1], by_leaf, n=1, cutoff=0.6):
+            return f"did you mean {by_leaf[match[0]]}?"
+    return f"{section or 'a configuration'} has {', '.join(key.rpartition('.')[2] for key in same_section)}"
+
+
+def _shown_key(key: str) -> str:
+    return key if key.isprintable() and 0 < len(key) <= 60 else _shorten(key)
 
 
 def _shorten(value: Any) -> str:
-    text = repr(value)
+    """A value as YAML's user wrote it, in at most 60 characters however deep or long it is."""
+    if value is None or isinstance(value, bool):
+        return json.dumps(value)
+    try:
+        text = _REPR.repr(value)
+    except ValueError:  # an integer of more than 4300 digits
+        text = type(value).__name__
     return text if len(text) <= 60 else text[:57] + "..."
+
+
+_REPR = reprlib.Repr(maxstring=60, maxlong=60, maxlist=10, maxdict=10)

@@ -1,5 +1,6 @@
 """Everything a run needs before its first round, built and validated from the configuration alone."""
 
+import hashlib
 from dataclasses import dataclass
 
 import numpy as np
@@ -40,6 +41,14 @@ class Experiment:
     @property
     def clients_per_round(self) -> int:
         return self.config.server.clients_per_round or len(self.clients)
+
+    def data_digest(self) -> str:
+        """SHA-256 of all tokens and labels: tells a resumed run that its data are still the same."""
+        digest = hashlib.sha256()
+        for part in (self.train, self.validation, self.test):
+            for array in (part.input_ids, part.offsets, part.labels):
+                digest.update(array.tobytes())
+        return digest.hexdigest()
 
 
 def build(config: Config, broadcast: Broadcast | None = None) -> Experiment:

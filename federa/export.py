@@ -57,6 +57,7 @@ def export(experiment: Experiment, format: str, path: Path) -> Path:
         raise InputError(f"--format: {format} must have adapters to export, got method {method}; use --format merged")
     if path.is_dir():
         path.rmdir()
+    experiment.learner.model.to("cpu")  # merging computes in float64, which not every device has
     if format == "peft":
         export_peft(experiment, path)
     elif format == "merged":

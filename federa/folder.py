@@ -59,6 +59,8 @@ class RunFolder:
     def __init__(self, path: str | Path):
         self.path = Path(path)
         self.config_file = self.path / "config.yaml"
+        self.environment_file = self.path / "environment.json"
+        self.partition_file = self.path / "partition.json"
         self.metrics_file = self.path / "metrics.jsonl"
         self.result_file = self.path / "result.json"
         self.init_file = self.path / "init.safetensors"

@@ -68,8 +68,8 @@ class Learner:
     device: torch.device
 
     def state(self) -> dict[str, torch.Tensor]:
-        """A copy of the trainable tensors."""
-        return {name: parameter.detach().clone() for name, parameter in self.trainable.items()}
+        """A copy of the trainable tensors on the CPU, where they are sent, averaged and saved."""
+        return {name: parameter.detach().to("cpu", copy=True) for name, parameter in self.trainable.items()}
 
     def load(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Copies `tensors` into the trainable parameters."""

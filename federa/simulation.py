@@ -114,7 +114,11 @@ def _finished(folder: RunFolder) -> RunResult | None:
 def _train(folder: RunFolder, config: Config, watch: Watch) -> RunResult:
     clear_leftovers(folder.path)
     begun = folder.init_file.is_file()
+    if begun:
+        torch.set_num_threads(folder.read_json(folder.environment_file)["threads"])
     experiment = build(config, Broadcast.load(folder.init_file) if begun else None)
+    if begun and folder.read_json(folder.partition_file)["data"] != experiment.data_digest():
+        raise InputError(f"{folder.path}: data.* must give the texts that this run began with, got other ones")
     learner, digest = experiment.learner, config_digest(config)
     template = learner.state()
     state = newest_checkpoint(folder, digest, template) if begun else None
@@ -131,11 +135,12 @@ def _train(folder: RunFolder, config: Config, watch: Watch) -> RunResult:
 def _begin(experiment: Experiment, folder: RunFolder, digest: str) -> State:
     """Writes what is known before the first round; init.safetensors last, so that it stands for all of it."""
     learner = experiment.learner
-    folder.write_json("environment.json", environment(str(learner.device), torch.get_num_threads()))
+    folder.write_json(folder.environment_file.name, environment(str(learner.device), torch.get_num_threads()))
     labels, partition = experiment.corpus.label_names, experiment.partition
     counts = label_counts(partition.indices, experiment.train.labels, len(labels))
     facts = {"scheme": partition.scheme, "convention": partition.convention, "label_names": labels}
-    folder.write_json("partition.json", facts | {"counts": counts.tolist(), "names": partition.names})
+    facts |= {"counts": counts.tolist(), "names": partition.names, "data": experiment.data_digest()}
+    folder.write_json(folder.partition_file.name, facts)
     learner.broadcast.save(folder.init_file)
     state = State(0, learner.state())
     folder.rewind_metrics(-1)

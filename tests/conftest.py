@@ -75,7 +75,7 @@ def tiny_models(tmp_path_factory, tiny_data):
     tokenizer = hf.PreTrainedTokenizerFast(
         tokenizer_object=wordpieces._tokenizer, pad_token="[PAD]", unk_token="[UNK]", model_max_length=64
     )
-    size = {"vocab_size": 600, "pad_token_id": 0, "max_position_embeddings": 80}
+    size = {"vocab_size": 600, "max_position_embeddings": 80, "pad_token_id": 0}
     usual = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
     relative = {"relative_attention": True, "pos_att_type": ["p2c", "c2p"], "pooler_hidden_size": 32}
     configs = {
@@ -83,7 +83,8 @@ def tiny_models(tmp_path_factory, tiny_data):
         "roberta": hf.RobertaConfig(**size, **usual),
         "distilbert": hf.DistilBertConfig(**size, dim=32, n_layers=2, n_heads=2, hidden_dim=64),
         "deberta-v2": hf.DebertaV2Config(**size, **usual, **relative),
-        "gpt2": hf.GPT2Config(**size, n_embd=32, n_layer=2, n_head=2),
+        # As published ones: no padding token of its own.
+        "gpt2": hf.GPT2Config(**size | {"pad_token_id": None}, n_embd=32, n_layer=2, n_head=2, bos_token_id=1, eos_token_id=1),
     }
 
     @cache
