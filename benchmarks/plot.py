@@ -78,11 +78,12 @@ def _table(record: dict[str, Any]) -> str:
     ]
     share = record["trainable_parameters"] / record["total_parameters"]
     full = 4 * record["total_parameters"] / 1e6
+    environment = record["environment"]
     facts = (
         f"{record['rounds']} rounds, {record['clients_per_round']} of {record['clients']} clients each, "
-        f"{record['seconds'] / 60:.1f} min of training and validation on {record['environment']['threads']} CPU threads; "
+        f"{record['seconds'] / 60:.1f} min of training and validation on {environment['threads']} CPU threads; "
         f"{share:.1%} of the parameters train, {record['bytes_up_per_client'] / 1e6:.1f} MB up per client and round "
-        f"instead of {full:.0f} MB. Seed {record['seed']}, {record['convention']}, torch {record['environment']['torch']}."
+        f"instead of {full:.0f} MB. Seed {record['seed']}, {record['convention']}, torch {environment['torch']}."
     )
     return "\n".join(lines) + f"\n\n{facts}\n"
 

@@ -1,5 +1,6 @@
 """Pure functions from client updates to the next global tensors."""
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -13,14 +14,22 @@ Tensors = Mapping[str, torch.Tensor]
 
 def problem_of(update: ClientUpdate, template: Tensors) -> str | None:
     """Why an update must not be averaged (names, shapes, dtypes, NaN or Inf, no examples), or None if it may."""
-    if not isinstance(update.examples, int) or update.examples < 1:
-        return f"examples must be a positive integer, got {update.examples!r}"
+    if type(update.examples) is not int or not 1 <= update.examples < 2**31:
+        return f"examples must be an integer from 1 to 2**31 - 1, got {update.examples!r}"
+    for name, tensor in update.tensors.items():
+        if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
+            return f"{name} must be a tensor, got {type(tensor).__name__}"
+        if tensor.layout != torch.strided or tensor.device.type == "meta":
+            return f"{name} must be dense and hold data, got {tensor.layout} on {tensor.device}"
     if (problem := mismatch(update.tensors, template)) is not None:
         return problem
     for name, tensor in update.tensors.items():
         if not torch.isfinite(tensor).all():
             return f"{name} holds NaN or Inf"
-    return None if update.finite else "the training loss was NaN or Inf"
+    loss = update.metrics.get("loss")
+    if not isinstance(loss, float):
+        return f"the training loss must be a number, got {loss!r}"
+    return None if update.finite and math.isfinite(loss) else "the training loss was NaN or Inf"
 
 
 class WeightedMean:

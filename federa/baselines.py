@@ -9,7 +9,6 @@ import numpy as np
 
 from federa.client import train_client
 from federa.config import Config, changed, config_digest
-from federa.data import load_corpus
 from federa.errors import InputError
 from federa.experiment import Experiment, build
 from federa.folder import RunFolder
@@ -18,6 +17,7 @@ from federa.randomness import Purpose, generator
 from federa.report import write_report
 from federa.rounds import Watch
 from federa.simulation import run
+from federa.sources import load_corpus
 from federa.tasks import Predictions, mean_features, predict, score
 
 BASELINES = ("pooled", "local", "head-only", "linear-probe")

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -56,7 +57,7 @@ def save_checkpoint(folder: RunFolder, state: State, digest: str, keep: int = 2)
 def checkpoint_rounds(folder: RunFolder) -> list[int]:
     """Rounds that have a checkpoint, oldest first."""
     paths = folder.checkpoints.glob("round-*") if folder.checkpoints.is_dir() else ()
-    return sorted(int(path.name.removeprefix("round-")) for path in paths if path.name[6:].isdigit())
+    return sorted(int(path.name[6:]) for path in paths if re.fullmatch(r"round-[0-9]{5,10}", path.name))
 
 
 def load_checkpoint(folder: RunFolder, round: int, digest: str, template: dict[str, torch.Tensor]) -> State:
@@ -72,7 +73,7 @@ def load_checkpoint(folder: RunFolder, round: int, digest: str, template: dict[s
         if facts["format"] != FORMAT:
             raise InputError(f"{path}: must be a checkpoint of format {FORMAT}, got {facts['format']}")
         if facts["config"] != digest:
-            raise InputError(f"{path}: is a checkpoint of another configuration than {folder.config_file}")
+            raise InputError(f"{path}: is a checkpoint of another configuration or other factors than this run's")
         if facts.pop("sha256") != _digest(facts, content) or facts["round"] != round:
             raise InputError(f"{path}: is corrupt (its SHA-256 is not the recorded one); {hint}")
         tensors = load(content)

@@ -1,7 +1,10 @@
 """The command line: argv -> config -> call. Exit codes: 0 done, 1 a run failed, 2 bad input, 130 interrupted."""
 
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 from rich.console import Console
@@ -92,7 +95,8 @@ def export(
     path = output or directory / format
     check_export(format, path)
     experiment, _ = restore(directory, _round(directory, round))
-    console.print(f"wrote {export_model(experiment, format, path)}", soft_wrap=True)
+    with _writing(path):
+        export_model(experiment, format, path)
 
 
 @app.command()
@@ -109,8 +113,8 @@ def partition(
 
     corpus, shares, counts = partition_of(load_config(config, set or []))
     console.print(partition_table(corpus, shares, counts))
-    plot_partition(counts, corpus.label_names, output, shares.convention)
-    console.print(f"wrote {output}", soft_wrap=True)
+    with _writing(output):
+        plot_partition(counts, corpus.label_names, output, shares.convention)
 
 
 @app.command()
@@ -123,8 +127,9 @@ def report(
     from federa.report import write_comparison, write_report
 
     folders = [RunFolder.open(directory).path for directory in directories]
-    path = write_report(folders[0]) if len(folders) == 1 else write_comparison(folders, output)
-    console.print(f"wrote {path}", soft_wrap=True)
+    path = folders[0] / "report.html" if len(folders) == 1 else output
+    with _writing(path):
+        write_report(folders[0]) if len(folders) == 1 else write_comparison(folders, output)
 
 
 @app.command()
@@ -142,9 +147,19 @@ def _round(directory: Path, round: str) -> int | None:
         return None
     if round == "best":
         return best_round(directory)
-    if not round.isdigit():
-        raise InputError(f"--round: must be a number, 'last' or 'best', got {round!r}")
+    if not re.fullmatch("[0-9]{1,10}", round):
+        raise InputError(f"--round: must be a number, 'last' or 'best', got {round[:60]!r}")
     return int(round)
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """Says that `path` is written, or why it cannot be."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"--output: must be a place that can be written, got {path}: {error}") from None
+    console.print(f"wrote {path}", soft_wrap=True, markup=False, emoji=False)
 
 
 def main() -> None:
@@ -152,14 +167,19 @@ def main() -> None:
     try:
         app()
     except InputError as error:
-        errors.print(f"federa: {error}", style="bold red", markup=False)
-        raise SystemExit(2) from None
+        _fail(2, str(error))
     except RunError as error:
-        errors.print(f"federa: {error}; `federa resume` goes on from there", style="bold red", markup=False)
-        raise SystemExit(1) from None
+        _fail(1, f"{error}; `federa resume` goes on from there")
+    except OSError as error:
+        _fail(1, f"the system refused: {error}; every finished round is saved, `federa resume` goes on from there")
     except KeyboardInterrupt:
-        errors.print("federa: interrupted; every finished round is saved, `federa resume DIR` goes on", markup=False)
-        raise SystemExit(130) from None
+        _fail(130, "interrupted; every finished round is saved, `federa resume DIR` goes on")
+
+
+def _fail(code: int, message: str) -> NoReturn:
+    """Ends the process with one line, whatever the message quotes."""
+    errors.print(f"federa: {' '.join(message.split())}", style="bold red", markup=False, emoji=False)
+    raise SystemExit(code) from None
 
 
 if __name__ == "__main__":

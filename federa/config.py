@@ -77,7 +77,8 @@ class MethodConfig(Section):
     name: Literal["federa", "lora", "head-only", "full"] = "federa"
     rank: Count = 8
     alpha: Positive | None = None  # None: alpha = rank, so that the scaling s = alpha / rank is 1
-    target_modules: Text | Annotated[list[Text], Field(min_length=1)] = "all-linear"  # suffixes, one regular expression, or "all-linear"
+    # suffixes, one regular expression, or "all-linear"
+    target_modules: Text | Annotated[list[Text], Field(min_length=1)] = "all-linear"
     residual_dtype: Literal["float32", "bfloat16"] = "float32"
 
 
@@ -132,7 +133,8 @@ class EvaluationConfig(Section):
 
 
 class RunSection(Section):
-    cohort: Literal["auto"] | Annotated[int, Field(ge=1, le=1)] = 1  # clients trained in one batch; this version trains them one after another
+    # clients trained in one batch; this version trains them one after another
+    cohort: Literal["auto"] | Annotated[int, Field(ge=1, le=1)] = 1
     threads: Count | None = None  # CPU threads; None: torch's own choice
     checkpoint_every: Count = 1  # rounds
 
@@ -322,4 +324,5 @@ def _shorten(value: Any) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-_REPR = reprlib.Repr(maxstring=60, maxlong=60, maxlist=10, maxdict=10)
+_REPR = reprlib.Repr()
+_REPR.maxstring = _REPR.maxlong = 60

@@ -1,19 +1,21 @@
 """Everything a run needs before its first round, built and validated from the configuration alone."""
 
 import hashlib
+import json
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from federa.config import Config, changed
-from federa.data import Corpus, Examples, Texts, load_corpus, tokenise, validation_split
+from federa.config import Config, changed, config_digest
+from federa.data import Corpus, Examples, Texts, tokenise, validation_split
 from federa.errors import InputError
 from federa.methods import Broadcast, Learner, make_trainable
-from federa.models import ModelSource, load_classifier, load_tokenizer, pick_device, resolve_model
+from federa.models import ModelSource, backbone_of, load_classifier, load_tokenizer, pick_device, resolve_model
 from federa.partition import Partition, label_counts, make_partition, partition_like
 from federa.randomness import Purpose, generator
-from federa.tasks import mean_features
+from federa.sources import load_corpus
+from federa.tasks import mean_features, predict
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,12 @@ class Experiment:
     def clients_per_round(self) -> int:
         return self.config.server.clients_per_round or len(self.clients)
 
+    @property
+    def digest(self) -> str:
+        """SHA-256 of what a checkpoint's tensors mean nothing without: the configuration and the initial factors."""
+        facts = [config_digest(self.config), dict(self.learner.broadcast.fingerprints)]
+        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
     def data_digest(self) -> str:
         """SHA-256 of all tokens and labels: tells a resumed run that its data are still the same."""
         digest = hashlib.sha256()
@@ -67,8 +75,8 @@ def build(config: Config, broadcast: Broadcast | None = None) -> Experiment:
     chosen, held_out = validation_split(len(examples), config.data.validation, examples.labels, config.seed)
     train = examples.take(chosen)
     model = load_classifier(config.model, source, corpus.label_names, tokenizer.pad_token_id, config.seed)
-    if int(examples.input_ids.max()) >= model.get_submodule(_embedding_name(model)).num_embeddings:
-        raise InputError(f"model.name: the tokenizer of {source.location} must fit its model, got ids outside it")
+    for part in (examples, test):
+        _check_fit(model, part, source)
 
     def embed() -> np.ndarray:
         return mean_features(model.to(device), train, config.evaluation.batch_size, device)
@@ -104,6 +112,13 @@ def partition_texts(config: Config, texts: Texts, chosen: np.ndarray, embed=None
     return make_partition(config.partition, texts.labels[chosen], config.seed, names=names, embeddings=embed)
 
 
-def _embedding_name(model) -> str:
-    embedding = model.backbone.get_input_embeddings() if hasattr(model, "backbone") else model.get_input_embeddings()
-    return next(name for name, module in model.named_modules() if module is embedding)
+def _check_fit(model, examples: Examples, source: ModelSource) -> None:
+    """Raises InputError for token ids that the model does not know and for a longest example that it cannot take."""
+    if int(examples.input_ids.max()) >= backbone_of(model)[1].get_input_embeddings().num_embeddings:
+        raise InputError(f"model.name: the tokenizer of {source.location} must fit its model, got ids outside it")
+    longest = examples.take(examples.lengths.argmax(keepdims=True))
+    try:
+        predict(model, longest, 1, torch.device("cpu"))
+    except (IndexError, RuntimeError) as error:
+        length = int(longest.lengths[0])
+        raise InputError(f"data.max_length must suit the model, got an example of {length} tokens: {error}") from None

@@ -1,4 +1,4 @@
-"""A trained model in formats that others load: a PEFT adapter, a merged checkpoint, a residual base with its adapter."""
+"""A trained model in formats that others load: PEFT adapter, merged checkpoint, residual base with its adapter."""
 
 import json
 from collections.abc import Mapping

@@ -6,7 +6,7 @@ import os
 import platform
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -58,6 +58,7 @@ class RunFolder:
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
+        self.lock_file = self.path / ".lock"
         self.config_file = self.path / "config.yaml"
         self.environment_file = self.path / "environment.json"
         self.partition_file = self.path / "partition.json"
@@ -79,7 +80,10 @@ class RunFolder:
 
     @classmethod
     def create(cls, path: str | Path, config: Config) -> "RunFolder":
-        """A folder for this configuration: new, empty or of an earlier run of the same. InputError if it is taken."""
+        """A folder for this configuration: new, empty or of an earlier run of the same. InputError if it is taken.
+
+        Nothing is written into it yet: a run that cannot begin leaves it free.
+        """
         folder = cls(path)
         if folder.config_file.is_file():
             if config_digest(folder.config()) != config_digest(config):
@@ -89,28 +93,34 @@ class RunFolder:
         elif folder.path.exists():
             if not folder.path.is_dir():
                 raise InputError(f"{path}: must be a folder, got a file")
-            if any(item.name != ".lock" for item in folder.path.iterdir()):
+            if not all(item.name.startswith(".") for item in folder.path.iterdir()):
                 raise InputError(f"{path}: must be empty or hold a run, got other files; choose another --output")
         try:
             folder.path.mkdir(parents=True, exist_ok=True)
-            if not folder.config_file.is_file():
-                write_atomic(folder.config_file, dump_config(config))
+            folder.lock_file.touch()
         except OSError as error:
             raise InputError(f"{path}: must be a folder that can be written, got {error}") from None
         return folder
+
+    def write_config(self, config: Config) -> None:
+        write_atomic(self.config_file, dump_config(config))
 
     def config(self) -> Config:
         return load_config(self.config_file)
 
     def result(self) -> dict[str, Any] | None:
         """The finished run's result, or None while there is none."""
-        return self.read_json(self.result_file) if self.result_file.is_file() else None
+        return self.read_json(self.result_file, ("test", "validation", "best")) if self.result_file.is_file() else None
 
-    def read_json(self, path: Path) -> Any:
+    def read_json(self, path: Path, keys: Sequence[str] = ()) -> Any:
+        """What a file of the folder holds; with `keys`, a mapping that has them. InputError for anything else."""
         try:
-            return json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+            value = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError) as error:
             raise InputError(f"{path}: must be JSON written by federa, got {error}") from None
+        if keys and not (isinstance(value, dict) and value.keys() >= {*keys}):
+            raise InputError(f"{path}: must hold {', '.join(keys)}, got {to_json(value)[:60]}")
+        return value
 
     def write_json(self, name: str, value: Any) -> None:
         write_atomic(self.path / name, to_json(value) + "\n")
@@ -123,12 +133,15 @@ class RunFolder:
         lines = self.metrics_file.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
         for number, line in enumerate(lines, 1):
             try:
-                records.append(json.loads(line))
-            except ValueError:
+                record = json.loads(line)
+                if not isinstance(record["round"], int):
+                    raise TypeError
+                records.append(record)
+            except (ValueError, TypeError, KeyError, RecursionError):
                 if number == len(lines) and not line.endswith("\n"):
                     break
                 raise InputError(
-                    f"{self.metrics_file}: line {number} must be a JSON record, got {line[:40]!r}"
+                    f"{self.metrics_file}: line {number} must be the record of a round, got {line[:40]!r}"
                 ) from None
         return records
 
@@ -139,14 +152,23 @@ class RunFolder:
             os.fsync(file.fileno())
 
     def rewind_metrics(self, round: int) -> None:
-        """Drops records of rounds after `round`: they were measured but their state was not saved."""
+        """Drops records of rounds after `round`: they were measured but their state was not saved.
+
+        Raises InputError unless the records of all rounds up to it are there.
+        """
         kept = [record for record in self.metrics() if record["round"] <= round]
+        if [record["round"] for record in kept] != list(range(round + 1)):
+            raise InputError(f"{self.metrics_file}: must hold rounds 0 to {round} once each, got {len(kept)} records")
         write_atomic(self.metrics_file, "".join(to_json(record) + "\n" for record in kept))
 
     @contextmanager
     def lock(self) -> Iterator[None]:
         """Keeps a second process out of the folder. Raises InputError if one is in it."""
-        with open(self.path / ".lock", "w") as file:
+        try:
+            file = open(self.lock_file, "w")
+        except OSError as error:
+            raise InputError(f"{self.path}: must be a folder that can be written, got {error}") from None
+        with file:
             try:
                 import fcntl
             except ImportError:

@@ -6,14 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save
 from torch import nn
 
 from federa.config import MethodConfig
 from federa.errors import InputError
 from federa.folder import write_atomic
-from federa.models import backbone_of, head_modules, is_head
+from federa.models import is_head
 from federa.randomness import Purpose, torch_seed
 from federa_kernels import FeDeRALinear, fingerprint, replace_linears
 
@@ -45,11 +45,13 @@ class Broadcast:
         try:
             with safe_open(path, framework="pt") as file:
                 fingerprints = json.loads(file.metadata()["fingerprints"])
+                if {f"{name}.lora_{factor}0" for name in dict(fingerprints) for factor in "AB"} != set(file.keys()):
+                    raise ValueError("other tensors than it has fingerprints for")
                 factors = {
                     name: (file.get_tensor(f"{name}.lora_A0"), file.get_tensor(f"{name}.lora_B0"))
                     for name in fingerprints
                 }
-        except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+        except Exception as error:  # safetensors, json and torch have no common error
             raise InputError(f"{path}: must hold the initial factors of a run, got {error!r}") from None
         return cls(factors, fingerprints)
 
@@ -88,7 +90,6 @@ def make_trainable(
     is checked: InputError names a layer whose weight, factors or scaling are not the server's.
     """
     model.requires_grad_(False)
-    backbone, _ = backbone_of(model)
     computed = Broadcast({}, {})
     if config.name in ("federa", "lora"):
         computed = _attach_adapters(model, config, seed, broadcast)
@@ -96,7 +97,7 @@ def make_trainable(
         for name, expected in broadcast.fingerprints.items():
             if computed.fingerprints.get(name) != expected:
                 raise InputError(
-                    f"{name}: the hash of its weight, factors and scaling must be the server's {expected[:12]}..., "
+                    f"{name}: the hash of its weight, factors and scaling must be the server's {str(expected)[:12]}..., "
                     f"got {str(computed.fingerprints.get(name))[:12]}...; is this the same base model?"
                 )
     if config.name == "full":
@@ -105,7 +106,7 @@ def make_trainable(
         if is_head(model, name):
             parameter.requires_grad_(True)
     model.to(device)
-    unused = _unused_parameters(model, backbone)
+    unused = _unused_parameters(model)
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad and name not in unused}
     head = frozenset(name for name in trainable if is_head(model, name))
     return Learner(model, trainable, head, computed, device)
@@ -114,8 +115,10 @@ def make_trainable(
 def _attach_adapters(model, config: MethodConfig, seed: int, broadcast: Broadcast | None) -> Broadcast:
     weights = {name: m.weight for name, m in model.named_modules() if getattr(m, "weight", None) is not None}
     generator = torch.Generator().manual_seed(torch_seed(seed, Purpose.ADAPTER))
-    backbone, _ = backbone_of(model)
-    outside = [name for name in head_modules(model) if not name.startswith(f"{backbone}.")]
+    unused = _unused_parameters(model)
+    outside = {
+        name.rpartition(".")[0] for name, _ in model.named_parameters() if is_head(model, name) or name in unused
+    }
     try:
         report = replace_linears(
             model,
@@ -128,15 +131,17 @@ def _attach_adapters(model, config: MethodConfig, seed: int, broadcast: Broadcas
             generator=generator,
             exclude_modules=outside,
         )
-    except ValueError as error:
-        raise InputError(f"method.target_modules, method.rank: {error}") from None
+    except (TypeError, ValueError) as error:
+        problem = str(error).removeprefix("replace_linears: ")
+        section = "method." if problem.startswith(("rank ", "target_modules ")) else "model.name: "
+        raise InputError(section + problem) from None
     layers = {name: model.get_submodule(name) for name in report.replaced}
     factors = {name: (layer.lora_A0.detach(), layer.lora_B0.detach()) for name, layer in layers.items()}
     fingerprints = {name: fingerprint(weights[name], *factors[name], layers[name].scaling) for name in layers}
     return Broadcast(factors, fingerprints)
 
 
-def _unused_parameters(model, backbone: str) -> set[str]:
+def _unused_parameters(model) -> set[str]:
     """Poolers that a mean-pooling classifier carries along but never reads."""
     return {name for name, _ in model.named_parameters() if "pooler" in name.split(".") and not is_head(model, name)}
 

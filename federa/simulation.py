@@ -16,13 +16,14 @@ from federa.checkpoint import (
     newest_checkpoint,
     save_checkpoint,
 )
-from federa.config import Config, config_digest, load_config
+from federa.config import Config, load_config
 from federa.errors import InputError
 from federa.experiment import Experiment, build
 from federa.export import export_peft, has_adapters
 from federa.folder import RunFolder, environment
 from federa.methods import Broadcast
 from federa.partition import label_counts
+from federa.records import read_run
 from federa.rounds import Watch, evaluate_round, run_rounds, test_scores
 
 
@@ -89,9 +90,8 @@ def restore(output: str | Path, round: int | None = None) -> tuple[Experiment, S
     if round is not None and round not in saved:
         raise InputError(f"{output}: must hold a checkpoint of round {round}, got rounds {saved}")
     experiment = build(config, Broadcast.load(folder.init_file))
-    state = load_checkpoint(
-        folder, saved[-1] if round is None else round, config_digest(config), experiment.learner.state()
-    )
+    chosen = saved[-1] if round is None else round
+    state = load_checkpoint(folder, chosen, experiment.digest, experiment.learner.state())
     experiment.learner.load(state.tensors)
     return experiment, state
 
@@ -108,22 +108,21 @@ def _finished(folder: RunFolder) -> RunResult | None:
     facts = folder.result()
     if facts is None:
         return None
+    read_run(folder.path)  # InputError for files that someone has changed
     return RunResult(folder.path, facts["test"], facts["validation"], facts["best"], folder.metrics(), facts)
 
 
 def _train(folder: RunFolder, config: Config, watch: Watch) -> RunResult:
     clear_leftovers(folder.path)
-    begun = folder.init_file.is_file()
+    begun = folder.init_file.is_file() or bool(checkpoint_rounds(folder))
     if begun:
-        torch.set_num_threads(folder.read_json(folder.environment_file)["threads"])
+        torch.set_num_threads(_recorded_threads(folder))
     experiment = build(config, Broadcast.load(folder.init_file) if begun else None)
-    if begun and folder.read_json(folder.partition_file)["data"] != experiment.data_digest():
+    if begun and folder.read_json(folder.partition_file, ("data",))["data"] != experiment.data_digest():
         raise InputError(f"{folder.path}: data.* must give the texts that this run began with, got other ones")
-    learner, digest = experiment.learner, config_digest(config)
-    template = learner.state()
-    state = newest_checkpoint(folder, digest, template) if begun else None
+    state = newest_checkpoint(folder, experiment.digest, experiment.learner.state()) if begun else None
     if state is None:
-        state = _begin(experiment, folder, digest)
+        state = _begin(experiment, folder)
     folder.rewind_metrics(state.round)
     watch("ready", {"experiment": experiment, "state": state})
     started = time.perf_counter()
@@ -132,9 +131,18 @@ def _train(folder: RunFolder, config: Config, watch: Watch) -> RunResult:
     return _conclude(experiment, folder, state, watch)
 
 
-def _begin(experiment: Experiment, folder: RunFolder, digest: str) -> State:
+def _recorded_threads(folder: RunFolder) -> int:
+    """The CPU threads that the run began with: sums depend on them."""
+    threads = folder.read_json(folder.environment_file, ("threads",))["threads"]
+    if not isinstance(threads, int) or threads < 1:
+        raise InputError(f"{folder.environment_file}: threads must be a positive integer, got {threads!r}")
+    return threads
+
+
+def _begin(experiment: Experiment, folder: RunFolder) -> State:
     """Writes what is known before the first round; init.safetensors last, so that it stands for all of it."""
     learner = experiment.learner
+    folder.write_config(experiment.config)
     folder.write_json(folder.environment_file.name, environment(str(learner.device), torch.get_num_threads()))
     labels, partition = experiment.corpus.label_names, experiment.partition
     counts = label_counts(partition.indices, experiment.train.labels, len(labels))
@@ -145,7 +153,7 @@ def _begin(experiment: Experiment, folder: RunFolder, digest: str) -> State:
     state = State(0, learner.state())
     folder.rewind_metrics(-1)
     folder.append_metrics({"round": 0} | evaluate_round(experiment, state))
-    save_checkpoint(folder, state, digest)
+    save_checkpoint(folder, state, experiment.digest)
     return state
 
 
@@ -157,7 +165,7 @@ def _conclude(experiment: Experiment, folder: RunFolder, state: State, watch: Wa
     best = state.best
     records = folder.metrics()
     if best is not None and best["round"] != state.round:
-        learner.load(load_checkpoint(folder, best["round"], config_digest(config), learner.state()).tensors)
+        learner.load(load_checkpoint(folder, best["round"], experiment.digest, learner.state()).tensors)
         best = best | {"test": test_scores(experiment)}
     learner.load(state.tensors)
     test = test_scores(experiment)
@@ -169,7 +177,7 @@ def _conclude(experiment: Experiment, folder: RunFolder, state: State, watch: Wa
     facts = {
         "rounds": state.round,
         "test": test,
-        "validation": records[-1]["validation"],
+        "validation": records[-1].get("validation"),
         "best": best,
         "trainable_parameters": trainable,
         "total_parameters": parameter_count(experiment),

@@ -84,7 +84,9 @@ def tiny_models(tmp_path_factory, tiny_data):
         "distilbert": hf.DistilBertConfig(**size, dim=32, n_layers=2, n_heads=2, hidden_dim=64),
         "deberta-v2": hf.DebertaV2Config(**size, **usual, **relative),
         # As published ones: no padding token of its own.
-        "gpt2": hf.GPT2Config(**size | {"pad_token_id": None}, n_embd=32, n_layer=2, n_head=2, bos_token_id=1, eos_token_id=1),
+        "gpt2": hf.GPT2Config(
+            **size | {"pad_token_id": None}, n_embd=32, n_layer=2, n_head=2, bos_token_id=1, eos_token_id=1
+        ),
     }
 
     @cache
