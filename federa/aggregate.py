@@ -91,4 +91,4 @@ def server_step(
 def update_norm(current: Tensors, following: Tensors) -> float:
     """Euclidean norm of the whole change of the global tensors."""
     squares = [float((following[name].double() - value.double()).square().sum()) for name, value in current.items()]
-    return sum(squares) ** 0.5
+    return math.fsum(squares) ** 0.5  # exact, so the tensors' order, which a resumed run may change, is no matter

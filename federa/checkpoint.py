@@ -71,7 +71,7 @@ def load_checkpoint(folder: RunFolder, round: int, digest: str, template: dict[s
     try:
         content = (path / "state.safetensors").read_bytes()
         if facts["format"] != FORMAT:
-            raise InputError(f"{path}: must be a checkpoint of format {FORMAT}, got {facts['format']}")
+            raise InputError(f"{path}: must be a checkpoint of format {FORMAT}, got {facts['format']!r:.60}")
         if facts["config"] != digest:
             raise InputError(f"{path}: is a checkpoint of another configuration or other factors than this run's")
         if facts.pop("sha256") != _digest(facts, content) or facts["round"] != round:

@@ -172,7 +172,9 @@ def main() -> None:
         _fail(1, f"{error}; `federa resume` goes on from there")
     except OSError as error:
         _fail(1, f"the system refused: {error}; every finished round is saved, `federa resume` goes on from there")
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit) as ended:
+        if isinstance(ended, SystemExit) and ended.code != 130:  # 130 is typer's for Ctrl-C, without a word
+            raise
         _fail(130, "interrupted; every finished round is saved, `federa resume DIR` goes on")
 
 

@@ -21,7 +21,7 @@ _LOAD_CLASSIFIER = """\
 from peft import PeftModel
 from transformers import AutoModelForSequenceClassification
 
-base = AutoModelForSequenceClassification.from_pretrained({base!r}, num_labels={labels})
+base = AutoModelForSequenceClassification.from_pretrained({base!r}, num_labels={labels}, pad_token_id={pad})
 model = PeftModel.from_pretrained(base, {adapter!r})
 """
 
@@ -145,7 +145,9 @@ def _save_adapter(
     _save_tensors(tensors, path / "adapter_model.safetensors")
     (path / "adapter_config.json").write_text(json.dumps(settings, indent=2) + "\n")
     names = experiment.corpus.label_names
-    code = (_LOAD_MEAN if mean else _LOAD_CLASSIFIER).format(base=base, labels=len(names), adapter=str(shown))
+    code = (_LOAD_MEAN if mean else _LOAD_CLASSIFIER).format(
+        base=base, labels=len(names), pad=model.config.pad_token_id, adapter=str(shown)
+    )
     labels = "\n".join(f"{index}. {name}" for index, name in enumerate(names))
     (path / "README.md").write_text(
         f"# A federa adapter\n\n```python\n{code}```\n\nLabels, by id:\n\n{labels}\n", encoding="utf-8"

@@ -7,7 +7,7 @@ import platform
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -64,6 +64,7 @@ class RunFolder:
         self.partition_file = self.path / "partition.json"
         self.metrics_file = self.path / "metrics.jsonl"
         self.result_file = self.path / "result.json"
+        self.report_file = self.path / "report.html"
         self.init_file = self.path / "init.safetensors"
         self.checkpoints = self.path / "checkpoints"
         self.adapter = self.path / "adapter"
@@ -133,15 +134,12 @@ class RunFolder:
         lines = self.metrics_file.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
         for number, line in enumerate(lines, 1):
             try:
-                record = json.loads(line)
-                if not isinstance(record["round"], int):
-                    raise TypeError
-                records.append(record)
-            except (ValueError, TypeError, KeyError, RecursionError):
+                records.append(json.loads(line))
+            except (ValueError, RecursionError):
                 if number == len(lines) and not line.endswith("\n"):
                     break
                 raise InputError(
-                    f"{self.metrics_file}: line {number} must be the record of a round, got {line[:40]!r}"
+                    f"{self.metrics_file}: line {number} must be a JSON record, got {line[:40]!r}"
                 ) from None
         return records
 
@@ -156,7 +154,10 @@ class RunFolder:
 
         Raises InputError unless the records of all rounds up to it are there.
         """
-        kept = [record for record in self.metrics() if record["round"] <= round]
+        try:
+            kept = [record for record in self.metrics() if record["round"] <= round]
+        except (KeyError, TypeError):
+            raise InputError(f"{self.metrics_file}: must hold the records of rounds, got other ones") from None
         if [record["round"] for record in kept] != list(range(round + 1)):
             raise InputError(f"{self.metrics_file}: must hold rounds 0 to {round} once each, got {len(kept)} records")
         write_atomic(self.metrics_file, "".join(to_json(record) + "\n" for record in kept))
@@ -164,11 +165,11 @@ class RunFolder:
     @contextmanager
     def lock(self) -> Iterator[None]:
         """Keeps a second process out of the folder. Raises InputError if one is in it."""
-        try:
-            file = open(self.lock_file, "w")
-        except OSError as error:
-            raise InputError(f"{self.path}: must be a folder that can be written, got {error}") from None
-        with file:
+        with ExitStack() as stack:
+            try:
+                file = stack.enter_context(open(self.lock_file, "w"))
+            except OSError as error:
+                raise InputError(f"{self.path}: must be a folder that can be written, got {error}") from None
             try:
                 import fcntl
             except ImportError:

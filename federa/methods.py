@@ -97,8 +97,9 @@ def make_trainable(
         for name, expected in broadcast.fingerprints.items():
             if computed.fingerprints.get(name) != expected:
                 raise InputError(
-                    f"{name}: the hash of its weight, factors and scaling must be the server's {str(expected)[:12]}..., "
-                    f"got {str(computed.fingerprints.get(name))[:12]}...; is this the same base model?"
+                    f"{name}: the hash of its weight, factors and scaling must be the server's "
+                    f"{str(expected)[:12]}..., got {str(computed.fingerprints.get(name))[:12]}...; "
+                    "is this the same base model?"
                 )
     if config.name == "full":
         model.requires_grad_(True)

@@ -109,6 +109,11 @@ def _finished(folder: RunFolder) -> RunResult | None:
     if facts is None:
         return None
     read_run(folder.path)  # InputError for files that someone has changed
+    clear_leftovers(folder.path)
+    if not folder.report_file.is_file():  # killed right after result.json
+        from federa.report import write_report
+
+        write_report(folder.path)
     return RunResult(folder.path, facts["test"], facts["validation"], facts["best"], folder.metrics(), facts)
 
 

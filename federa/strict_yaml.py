@@ -4,7 +4,7 @@ PyYAML reads YAML 1.1, where 1e-4 is a string, 010 is 8, 1:30 is 90, `no` is fal
 """
 
 import re
-from typing import Any
+from typing import Any, ClassVar
 
 import yaml
 
@@ -24,8 +24,8 @@ _PLAIN = {  # what an unquoted scalar is, and the characters that it may begin w
 
 
 class _Loader(yaml.SafeLoader):
-    yaml_implicit_resolvers: dict[str, list] = {}
-    yaml_constructors = {
+    yaml_implicit_resolvers: ClassVar = {}
+    yaml_constructors: ClassVar = {
         tag: construct
         for tag, construct in yaml.SafeLoader.yaml_constructors.items()
         if tag is None or tag.removeprefix(_TAG) in {*_PLAIN, "str", "seq", "map"}

@@ -165,3 +165,10 @@ def test_good_updates_have_no_problem():
 def test_problems_are_named(changes, problem):
     facts = {"client": 0, "examples": 1, "steps": 1, "tensors": vector(1.0), "metrics": {"loss": 1.0}} | changes
     assert problem_of(ClientUpdate(**facts), vector(0.0)) == problem
+
+
+def test_update_norm_does_not_depend_on_the_order_of_tensors():
+    rng = torch.Generator().manual_seed(3)
+    zero, one = ({str(i): torch.randn(9, generator=rng) * scale for i in range(40)} for scale in (0.0, 1.0))
+    backwards = {name: zero[name] for name in sorted(zero, reverse=True)}
+    assert update_norm(zero, one) == update_norm(backwards, one)

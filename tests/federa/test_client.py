@@ -261,5 +261,7 @@ def test_steps_go_through_whole_epochs(train, experiment, monkeypatch):
     batch = type(experiment.train).batch
     monkeypatch.setattr(type(experiment.train), "batch", lambda self, i: (seen.append(i.tolist()), batch(self, i))[1])
     train(range(20, 30), batch_size=4, steps=5)
-    assert sorted(sum(seen[:3], [])) == list(range(20, 30)) and sorted(map(len, seen[:3])) == [2, 4, 4]
+    assert sorted(index for batch in seen[:3] for index in batch) == list(range(20, 30)) and sorted(
+        map(len, seen[:3])
+    ) == [2, 4, 4]
     assert len(seen) == 5 and seen[:2] != seen[3:]

@@ -10,7 +10,6 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from federa.config import ModelConfig
 from federa.errors import InputError
 from federa.models import (
-    DEMO_MODEL,
     MeanPoolingClassifier,
     demo_weights,
     head_modules,

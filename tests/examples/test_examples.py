@@ -1,0 +1,20 @@
+"""The shipped configurations are valid, and the main job is one job in both its forms."""
+
+import runpy
+from pathlib import Path
+
+import pytest
+
+from federa.config import config_digest, load_config
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+@pytest.mark.parametrize("file", sorted(EXAMPLES.glob("*.yaml")), ids=lambda file: file.stem)
+def test_configurations_load(file):
+    assert load_config(file).server.rounds > 1
+
+
+def test_the_main_job_in_python_is_the_one_of_make_run():
+    config = runpy.run_path(str(EXAMPLES / "federated_finetune.py"))["config"]
+    assert config_digest(load_config(config)) == config_digest(load_config(EXAMPLES / "stdlib_docs.yaml"))
