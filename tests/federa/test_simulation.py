@@ -25,7 +25,7 @@ def minilm(minilm_path, tmp_path_factory):
     """A mapping: ten clients train MiniLM for two rounds on 200 docstrings of 15 packages of the standard library."""
     return {
         "model": {"name": str(minilm_path)},
-        "data": {"max_train": 200, "max_test": 60, "max_length": 32, "cache": str(tmp_path_factory.mktemp("tokens"))},
+        "data": {"max_train": 200, "max_test": 45, "max_length": 24, "cache": str(tmp_path_factory.mktemp("tokens"))},
         "partition": {"clients": 10, "alpha": 1.0},
         "client": {"lr": 0.005, "batch_size": 32, "schedule": "constant"},
         "server": {"rounds": 2},
