@@ -15,7 +15,7 @@ BIN := $(VENV)/bin
 .PHONY: help run test bench lint clean
 
 help:
-	@sed -n 's/^# \?//p' Makefile | head -4
+	@sed -n 's/^# \{0,1\}//p' Makefile | head -4
 
 run: $(VENV)/.demo
 	$(BIN)/federa run examples/stdlib_docs.yaml --output runs/demo --yardsticks $(ARGS)

@@ -21,7 +21,7 @@ ARCHITECTURES = os.environ.get("TORCH_CUDA_ARCH_LIST") or "8.0+PTX;9.0a"  # PTX 
 def architecture_flags():
     for name in re.split(r"[;,\s]+", ARCHITECTURES.strip("; ")):
         if not (match := re.fullmatch(r"(\d+)\.(\d[af]?)(\+PTX)?", name)):
-            raise SystemExit(f"TORCH_CUDA_ARCH_LIST must name architectures as in '8.0+PTX;9.0a', got {name!r}")
+            raise ValueError(f"TORCH_CUDA_ARCH_LIST must name architectures as in '8.0+PTX;9.0a', got {name!r}")
         for kind in ("sm", "compute") if match[3] else ("sm",):
             yield f"-gencode=arch=compute_{match[1]}{match[2]},code={kind}_{match[1]}{match[2]}"
 
@@ -72,12 +72,12 @@ class BuildExtension(build_ext):
     def build_extension(self, extension):
         macros = {"VERSION": self.distribution.get_version(), "ARCHITECTURES": ""}
         try:
-            if CUDA == "0":
-                raise FileNotFoundError("built with FEDERA_CUDA=0")
+            if CUDA == "0" or os.name == "nt":
+                raise FileNotFoundError("built with FEDERA_CUDA=0" if CUDA == "0" else "not on Windows")
             extension.extra_objects, extension.library_dirs, names = compile_cuda(Path(self.build_temp, "cuda"))
             extension.libraries = ["cudart_static", "dl", "rt", "pthread"]
             macros["ARCHITECTURES"] = " ".join(names)
-        except (OSError, subprocess.SubprocessError) as problem:
+        except (OSError, ValueError, subprocess.SubprocessError) as problem:
             if CUDA == "1":
                 raise SystemExit(f"FEDERA_CUDA=1, but the CUDA half cannot be built: {reason(problem)}") from problem
             macros["CUDA_MISSING"] = reason(problem)

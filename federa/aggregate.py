@@ -5,7 +5,6 @@ from collections.abc import Mapping
 
 import torch
 
-from federa.checkpoint import mismatch
 from federa.client import ClientUpdate
 from federa.config import ServerConfig
 
@@ -30,6 +29,19 @@ def problem_of(update: ClientUpdate, template: Tensors) -> str | None:
     if not isinstance(loss, float):
         return f"the training loss must be a number, got {loss!r}"
     return None if update.finite and math.isfinite(loss) else "the training loss was NaN or Inf"
+
+
+def mismatch(tensors: dict[str, torch.Tensor], template: dict[str, torch.Tensor]) -> str | None:
+    """None if `tensors` has the names, shapes and dtypes of `template`, else the first difference in words."""
+    if missing := sorted(template.keys() - tensors.keys()):
+        return f"{missing[0]} is missing"
+    if unknown := sorted(tensors.keys() - template.keys()):
+        return f"{unknown[0]} is not a trainable tensor of this run"
+    for name, expected in template.items():
+        got = tensors[name]
+        if got.shape != expected.shape or got.dtype != expected.dtype:
+            return f"{name} must be {expected.dtype} {tuple(expected.shape)}, got {got.dtype} {tuple(got.shape)}"
+    return None
 
 
 class WeightedMean:

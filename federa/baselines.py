@@ -10,7 +10,7 @@ import numpy as np
 from federa.client import train_client
 from federa.config import Config, changed, config_digest
 from federa.errors import InputError
-from federa.experiment import Experiment, build
+from federa.experiment import Experiment, build, partition_of
 from federa.folder import RunFolder
 from federa.partition import partition_like
 from federa.randomness import Purpose, generator
@@ -40,7 +40,7 @@ def run_baseline(name: str, config: Config, output: str | Path, watch: Watch) ->
     stored = Path(output) / "baseline.json"
     key = {"name": name, "config": config_digest(config)}
     if stored.is_file():
-        row = RunFolder(output).read_json(stored)
+        row = RunFolder(output).read_json(stored, (*ROW, "config"))
         if {field: row.get(field) for field in key} == key:
             return row
         raise InputError(f"{output}: already holds a baseline of another run; choose another --output or delete it")
@@ -49,7 +49,7 @@ def run_baseline(name: str, config: Config, output: str | Path, watch: Watch) ->
         result = run(frozen, output, watch=watch)
         row = _row(name, result.test, "federated, backbone frozen")
     elif name == "pooled":
-        result = run(_pooled(config, build(frozen)), output, watch=watch)
+        result = run(_pooled(config), output, watch=watch)
         row = _row(name, result.test, "one site with all the data, as many examples seen")
     else:
         folder = RunFolder.create(output, config)
@@ -122,17 +122,18 @@ def _alone(config: Config, experiment: Experiment) -> Config:
     """One round in which a client does the work of all the rounds it would have been sampled in, on average."""
     share = config.server.rounds * experiment.clients_per_round / len(experiment.clients)
     steps = config.client.steps
-    work = {"epochs": max(1, round(share * config.client.epochs)), "steps": steps and max(1, round(share * steps))}
+    epochs = max(1, round(share * config.client.epochs))
+    work = {"epochs": epochs, "steps": steps and max(1, round(share * steps)), "proximal_mu": 0.0}
     return changed(config, server={"rounds": 1}, client=work)
 
 
-def _pooled(config: Config, experiment: Experiment) -> Config:
+def _pooled(config: Config) -> Config:
     """One client with all the data and one round, with as many examples seen as all rounds of the run together."""
     client = config.client
     batch = client.batch_size * client.accumulate
-    sizes = [len(own) for own in experiment.clients]
+    sizes = [len(own) for own in partition_of(config)[1].indices]
     seen = [client.epochs * size if client.steps is None else client.steps * min(batch, size) for size in sizes]
-    total = config.server.rounds * experiment.clients_per_round * float(np.mean(seen))
+    total = config.server.rounds * (config.server.clients_per_round or len(sizes)) * float(np.mean(seen))
     return changed(
         config,
         server={"rounds": 1, "min_updates": 1, "clients_per_round": 1, "optimizer": "fedavg", "lr": 1.0},

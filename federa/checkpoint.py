@@ -1,7 +1,6 @@
 """Saves and restores everything a round depends on. Randomness is counter-based, so a round number stands for it."""
 
 import hashlib
-import json
 import re
 import shutil
 from dataclasses import dataclass, field
@@ -12,6 +11,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 
+from federa.aggregate import mismatch
 from federa.errors import InputError
 from federa.folder import RunFolder, free_folder, publish_folder, to_json
 
@@ -92,20 +92,7 @@ def load_checkpoint(folder: RunFolder, round: int, digest: str, template: dict[s
 
 def _digest(facts: dict[str, Any], content: bytes) -> str:
     """SHA-256 over a checkpoint's facts and tensors."""
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode() + content).hexdigest()
-
-
-def mismatch(tensors: dict[str, torch.Tensor], template: dict[str, torch.Tensor]) -> str | None:
-    """None if `tensors` has the names, shapes and dtypes of `template`, else the first difference in words."""
-    if missing := sorted(template.keys() - tensors.keys()):
-        return f"{missing[0]} is missing"
-    if unknown := sorted(tensors.keys() - template.keys()):
-        return f"{unknown[0]} is not a trainable tensor of this run"
-    for name, expected in template.items():
-        got = tensors[name]
-        if got.shape != expected.shape or got.dtype != expected.dtype:
-            return f"{name} must be {expected.dtype} {tuple(expected.shape)}, got {got.dtype} {tuple(got.shape)}"
-    return None
+    return hashlib.sha256(to_json(facts).encode() + content).hexdigest()
 
 
 def newest_checkpoint(folder: RunFolder, digest: str, template: dict[str, torch.Tensor]) -> State | None:

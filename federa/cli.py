@@ -38,11 +38,11 @@ def run(
 ) -> None:
     """Run a configuration; a folder that holds the same run is taken up where it stopped."""
     from federa import baselines, simulation
-    from federa.config import load_config
+    from federa.config import anchored, load_config
     from federa.progress import RunProgress
     from federa.report import ResultRow
 
-    resolved = load_config(config, set or [])
+    resolved = anchored(load_config(config, set or []))
     folder = output or Path("runs") / (f"{config.stem}-{baseline}" if baseline else config.stem)
     with RunProgress(console) as watch:
         if baseline is not None:
@@ -56,13 +56,13 @@ def run(
 
 
 @app.command()
-def resume(directory: RunDir) -> None:
-    """Take a stopped run up after its last saved round."""
+def resume(directory: RunDir, set: Set = None) -> None:
+    """Take a stopped run up after its last saved round; --set may change server.retries and server.min_updates."""
     from federa import simulation
     from federa.progress import RunProgress
 
     with RunProgress(console) as watch:
-        simulation.resume(directory, watch=watch)
+        simulation.resume(directory, overrides=set or [], watch=watch)
         watch.summary(directory)
 
 
@@ -114,7 +114,7 @@ def partition(
     corpus, shares, counts = partition_of(load_config(config, set or []))
     console.print(partition_table(corpus, shares, counts))
     with _writing(output):
-        plot_partition(counts, corpus.label_names, output, shares.convention)
+        plot_partition(counts, corpus.label_names, output, shares.convention, shares.names)
 
 
 @app.command()
@@ -169,13 +169,13 @@ def main() -> None:
     except InputError as error:
         _fail(2, str(error))
     except RunError as error:
-        _fail(1, f"{error}; `federa resume` goes on from there")
+        _fail(1, str(error))
     except OSError as error:
-        _fail(1, f"the system refused: {error}; every finished round is saved, `federa resume` goes on from there")
+        _fail(1, f"the system refused: {error}; `federa resume DIR` takes a run up after its last saved round")
     except (KeyboardInterrupt, SystemExit) as ended:
         if isinstance(ended, SystemExit) and ended.code != 130:  # 130 is typer's for Ctrl-C, without a word
             raise
-        _fail(130, "interrupted; every finished round is saved, `federa resume DIR` goes on")
+        _fail(130, "interrupted; `federa resume DIR` takes a run up after its last saved round")
 
 
 def _fail(code: int, message: str) -> NoReturn:

@@ -25,6 +25,9 @@ Count = Annotated[int, Field(ge=1, le=2**31 - 1)]
 Betas = Annotated[tuple[Fraction, Fraction], Field(strict=False)]  # YAML has lists
 
 
+FREE_KEYS = ("data.cache", "server.min_updates", "server.retries")  # may change between a run's sessions
+
+
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, validate_default=True)
 
@@ -198,15 +201,27 @@ def changed(config: Config, **sections: Mapping[str, Any]) -> Config:
     return load_config(values)
 
 
+def anchored(config: Config) -> Config:
+    """`config` with its local paths made absolute, so that a run can be taken up from any folder."""
+    sections = {}
+    if config.data.path is not None:
+        sections["data"] = {"path": str(Path(config.data.path).expanduser().absolute())}
+    if (model := Path(config.model.name).expanduser()).is_dir():
+        sections["model"] = {"name": str(model.absolute())}
+    return changed(config, **sections)
+
+
 def dump_config(config: Config) -> str:
     """The resolved configuration as YAML; `load_config` of it gives an equal `Config`."""
     return strict_yaml.render(config.model_dump(mode="json"))
 
 
 def config_digest(config: Config) -> str:
-    """SHA-256 of everything in the configuration that results depend on (not the cache folder)."""
+    """SHA-256 of everything in the configuration that finished rounds depend on: all keys but FREE_KEYS."""
     values = config.model_dump(mode="json")
-    del values["data"]["cache"]
+    for key in FREE_KEYS:
+        section, _, name = key.partition(".")
+        del values[section][name]
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 

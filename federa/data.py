@@ -45,6 +45,16 @@ class Corpus:
     label_names: list[str]
 
 
+def text_key(text: str) -> str:
+    """SHA-256 of a text's letters and digits, case-folded: equal for texts that differ in nothing else."""
+    return hashlib.sha256("".join(filter(str.isalnum, text.casefold())).encode()).hexdigest()
+
+
+def is_test(key: str) -> bool:
+    """Whether the text of a `text_key` belongs to the test split: one in five."""
+    return int(key, 16) % 5 == 0
+
+
 @dataclass(frozen=True)
 class Examples:
     """Tokenised texts in one flat array: example i is input_ids[offsets[i] : offsets[i + 1]]."""

@@ -6,4 +6,4 @@ class InputError(ValueError):
 
 
 class RunError(RuntimeError):
-    """A run could not go on; everything finished so far is saved and `federa resume` takes it up. Exit code 1."""
+    """A run could not go on; every finished round is saved, and `federa resume` goes on from there. Exit code 1."""

@@ -51,22 +51,25 @@ class Experiment:
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
     def data_digest(self) -> str:
-        """SHA-256 of all tokens and labels: tells a resumed run that its data are still the same."""
+        """SHA-256 of all tokens, labels and who holds them: tells a resumed run that its data are still the same."""
         digest = hashlib.sha256()
         for part in (self.train, self.validation, self.test):
             for array in (part.input_ids, part.offsets, part.labels):
                 digest.update(array.tobytes())
+        for indices in (*self.clients, *(self.test_clients or ())):
+            digest.update(f"{len(indices)}\n".encode() + indices.tobytes())
         return digest.hexdigest()
 
 
-def build(config: Config, broadcast: Broadcast | None = None) -> Experiment:
+def build(config: Config, broadcast: Broadcast | None = None, device: str | None = None) -> Experiment:
     """Loads data and model, tokenises, partitions and attaches adapters. Raises InputError for anything unusable.
 
-    With a `broadcast` (a resumed run, a remote site) its factors are attached and checked instead of computed.
+    With a `broadcast` (a resumed run, a remote site) its factors are attached and checked instead of computed;
+    `device` (of a resumed run) takes the place of model.device.
     """
     if config.run.threads is not None:
         torch.set_num_threads(config.run.threads)
-    device = pick_device(config.model.device)
+    device = pick_device(device or config.model.device)
     corpus = load_corpus(config.data, config.seed)
     source = resolve_model(config.model)
     tokenizer = load_tokenizer(source)
@@ -79,7 +82,9 @@ def build(config: Config, broadcast: Broadcast | None = None) -> Experiment:
         _check_fit(model, part, source)
 
     def embed() -> np.ndarray:
-        return mean_features(model.to(device), train, config.evaluation.batch_size, device)
+        features = mean_features(model.to(device), train, config.evaluation.batch_size, device)
+        model.to("cpu")
+        return features
 
     partition = partition_texts(config, corpus.train, chosen, embed)
     test_clients = None

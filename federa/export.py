@@ -92,7 +92,7 @@ def _export_residual(experiment: Experiment, path: Path) -> None:
     layers = _layers(experiment)
     factors = {name: (layer.lora_A, layer.lora_B) for name, layer in layers.items()}
     temporary = free_folder(path)
-    _save_adapter(experiment, factors, str(path / "base"), temporary / "adapter", shown=path / "adapter")
+    _save_adapter(experiment, factors, str(path.absolute() / "base"), temporary / "adapter", shown=path / "adapter")
     with torch.no_grad():
         for layer in layers.values():
             layer.lora_B.zero_()
@@ -149,9 +149,9 @@ def _save_adapter(
         base=base, labels=len(names), pad=model.config.pad_token_id, adapter=str(shown)
     )
     labels = "\n".join(f"{index}. {name}" for index, name in enumerate(names))
-    (path / "README.md").write_text(
-        f"# A federa adapter\n\n```python\n{code}```\n\nLabels, by id:\n\n{labels}\n", encoding="utf-8"
-    )
+    origin = f"The base is {experiment.config.model.name}; {experiment.source.origin}."
+    text = f"# A federa adapter\n\n{origin}\n\n```python\n{code}```\n\nLabels, by id:\n\n{labels}\n"
+    (path / "README.md").write_text(text, encoding="utf-8")
 
 
 def _save_model(experiment: Experiment, plain: Mapping[str, nn.Module], path: Path) -> None:

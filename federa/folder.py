@@ -177,7 +177,7 @@ class RunFolder:
                 return
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
+            except BlockingIOError:
                 raise InputError(f"{self.path}: another process is running in this folder") from None
             yield
 
@@ -194,8 +194,11 @@ def publish_folder(temporary: Path, path: Path) -> None:
     """Puts a finished folder at `path`, durably; an older one there goes away."""
     for item in temporary.rglob("*"):
         if item.is_file():
-            with open(item, "rb") as file:
+            with open(item, "r+b") as file:
                 os.fsync(file.fileno())
+        else:
+            sync_folder(item)
+    sync_folder(temporary)
     if path.exists():
         old = path.with_name(f".{path.name}.{os.getpid()}.old")
         shutil.rmtree(old, ignore_errors=True)

@@ -1,10 +1,12 @@
 """Asks the Hugging Face hub one short question before anything is loaded from it."""
 
+import functools
 from typing import Literal
 
 TIMEOUT = 10.0  # seconds
 
 
+@functools.cache
 def ask_hub(kind: Literal["model", "dataset"], name: str, revision: str | None = None) -> str | None:
     """None if the hub has it, else what is wrong in a few words, within TIMEOUT and without retries."""
     from huggingface_hub import HfApi

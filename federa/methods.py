@@ -1,8 +1,9 @@
 """How a backbone is made trainable: which tensors train, how they start and what the server broadcasts once."""
 
+import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -23,11 +24,13 @@ class Broadcast:
     """What every client receives once: the initial factors of each adapted layer and the hash that pins its residual.
 
     factors: layer name -> (lora_A0 (R, K), lora_B0 (N, R)), fp32. fingerprints: layer name -> SHA-256 of W, A0, B0, s.
+    base: SHA-256 of the whole pretrained backbone.
     Clients derive W - s B0 A0 themselves and never factor: singular vectors of two machines may differ in sign.
     """
 
     factors: Mapping[str, tuple[torch.Tensor, torch.Tensor]]
     fingerprints: Mapping[str, str]
+    base: str = ""
 
     @property
     def bytes(self) -> int:
@@ -37,14 +40,16 @@ class Broadcast:
         tensors = {}
         for name, (A0, B0) in self.factors.items():
             tensors[f"{name}.lora_A0"], tensors[f"{name}.lora_B0"] = A0.contiguous(), B0.contiguous()
-        write_atomic(path, save(tensors, metadata={"fingerprints": json.dumps(dict(self.fingerprints))}))
+        write_atomic(
+            path, save(tensors, metadata={"fingerprints": json.dumps(dict(self.fingerprints)), "base": self.base})
+        )
 
     @classmethod
     def load(cls, path: Path) -> "Broadcast":
         """Raises InputError when the file is missing or corrupt."""
         try:
             with safe_open(path, framework="pt") as file:
-                fingerprints = json.loads(file.metadata()["fingerprints"])
+                fingerprints, base = json.loads(file.metadata()["fingerprints"]), file.metadata()["base"]
                 if {f"{name}.lora_{factor}0" for name in dict(fingerprints) for factor in "AB"} != set(file.keys()):
                     raise ValueError("other tensors than it has fingerprints for")
                 factors = {
@@ -53,7 +58,7 @@ class Broadcast:
                 }
         except Exception as error:  # safetensors, json and torch have no common error
             raise InputError(f"{path}: must hold the initial factors of a run, got {error!r}") from None
-        return cls(factors, fingerprints)
+        return cls(factors, fingerprints, base)
 
 
 @dataclass(frozen=True)
@@ -90,9 +95,10 @@ def make_trainable(
     is checked: InputError names a layer whose weight, factors or scaling are not the server's.
     """
     model.requires_grad_(False)
-    computed = Broadcast({}, {})
+    base = _backbone_digest(model)
+    computed = Broadcast({}, {}, base)
     if config.name in ("federa", "lora"):
-        computed = _attach_adapters(model, config, seed, broadcast)
+        computed = replace(computed, **_attach_adapters(model, config, seed, broadcast))
     if broadcast is not None:
         for name, expected in broadcast.fingerprints.items():
             if computed.fingerprints.get(name) != expected:
@@ -101,6 +107,11 @@ def make_trainable(
                     f"{str(expected)[:12]}..., got {str(computed.fingerprints.get(name))[:12]}...; "
                     "is this the same base model?"
                 )
+        if broadcast.base != base:
+            raise InputError(
+                f"model.name: must be the base model that the run began with, of hash {broadcast.base[:12]}..., "
+                f"got {base[:12]}..."
+            )
     if config.name == "full":
         model.requires_grad_(True)
     for name, parameter in model.named_parameters():
@@ -113,7 +124,17 @@ def make_trainable(
     return Learner(model, trainable, head, computed, device)
 
 
-def _attach_adapters(model, config: MethodConfig, seed: int, broadcast: Broadcast | None) -> Broadcast:
+def _backbone_digest(model: nn.Module) -> str:
+    """SHA-256 over names, shapes, dtypes and bytes of all of a model but its head."""
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        if not is_head(model, name):
+            digest.update(f"{name} {parameter.dtype} {tuple(parameter.shape)}\n".encode())
+            digest.update(parameter.detach().cpu().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _attach_adapters(model, config: MethodConfig, seed: int, broadcast: Broadcast | None) -> dict[str, Mapping]:
     weights = {name: m.weight for name, m in model.named_modules() if getattr(m, "weight", None) is not None}
     generator = torch.Generator().manual_seed(torch_seed(seed, Purpose.ADAPTER))
     unused = _unused_parameters(model)
@@ -139,7 +160,7 @@ def _attach_adapters(model, config: MethodConfig, seed: int, broadcast: Broadcas
     layers = {name: model.get_submodule(name) for name in report.replaced}
     factors = {name: (layer.lora_A0.detach(), layer.lora_B0.detach()) for name, layer in layers.items()}
     fingerprints = {name: fingerprint(weights[name], *factors[name], layers[name].scaling) for name in layers}
-    return Broadcast(factors, fingerprints)
+    return {"factors": factors, "fingerprints": fingerprints}
 
 
 def _unused_parameters(model) -> set[str]:

@@ -8,6 +8,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 from federa.data import Corpus
 from federa.experiment import Experiment
@@ -73,6 +74,8 @@ class RunProgress:
         if record["validation"] is not None:
             scores += f"  validation accuracy {record['validation']['accuracy']:.3f}"
         self.bars.update(self.rounds, completed=record["round"], scores=scores)
+        for item in record["rejected"]:
+            self._say(f"round {record['round']}: client {item['client']} was rejected, {item['why']}")
 
     def _baseline(self, facts: dict[str, Any]) -> None:
         self.label = facts["name"]
@@ -98,13 +101,13 @@ class RunProgress:
         table = Table("", "test accuracy", "macro-F1", "")
         for row in rows:
             macro_f1 = "" if row.macro_f1 is None else f"{row.macro_f1:.3f}"
-            table.add_row(row.name, f"{row.accuracy:.1%}", macro_f1, row.note)
+            table.add_row(Text(row.name), f"{row.accuracy:.1%}", macro_f1, Text(row.note))
         self.console.print(table)
 
 
 def partition_table(corpus: Corpus, partition: Partition, counts: np.ndarray) -> Table:
     """Clients by size and labels; the middle of a long list is left out."""
-    table = Table("client", "examples", "labels", "effective labels", "largest", title=partition.convention)
+    table = Table("client", "examples", "labels", "effective labels", "largest", title=Text(partition.convention))
     shown = range(len(counts)) if len(counts) <= 40 else [*range(20), None, *range(len(counts) - 19, len(counts))]
     for client in shown:
         if client is None:
@@ -115,5 +118,5 @@ def partition_table(corpus: Corpus, partition: Partition, counts: np.ndarray) ->
         effective = float(np.exp(-(share * np.log(share)).sum()))
         name = partition.names[client] if partition.names else str(client)
         largest = f"{corpus.label_names[row.argmax()]} {row.max() / row.sum():.0%}"
-        table.add_row(name, str(row.sum()), str((row > 0).sum()), f"{effective:.1f}", largest)
+        table.add_row(Text(name), str(row.sum()), str((row > 0).sum()), f"{effective:.1f}", Text(largest))
     return table

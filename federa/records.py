@@ -117,7 +117,7 @@ class Run(NamedTuple):
     @property
     def source(self) -> str:
         data = self.config.data
-        return self.result.source if self.result else data.name or data.path or "unnamed data"
+        return self.result.source if self.result else data.path or data.name
 
     @property
     def seconds(self) -> float:

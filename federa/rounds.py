@@ -1,8 +1,9 @@
 """The round loop: sample, train, aggregate, evaluate, record, save."""
 
+import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -45,51 +46,66 @@ class Attempt:
 def run_rounds(
     experiment: Experiment, folder: RunFolder, state: State, watch: Watch, train: Train = train_client
 ) -> State:
-    """Runs the rounds after state.round up to server.rounds; each is recorded and saved before the next starts.
+    """Runs the rounds after state.round up to server.rounds; each is recorded before the next starts, and saved every
+    run.checkpoint_every rounds, where validation improves, and at an interrupt.
 
     `watch(event, facts)` is told of "client" and "round" as they finish. Raises RunError when a round gets fewer than
     server.min_updates good updates in all its attempts; the rounds before it are saved.
     """
-    config = experiment.config
-    while state.round < config.server.rounds:
-        started = time.perf_counter()
-        round = state.round + 1
-        attempts = _collect(experiment, state, round, watch, train)
-        attempt = attempts[-1]
-        trained = time.perf_counter()
-        current = state.tensors
-        state.tensors, state.server = server_step(config.server, current, attempt.mean.result(current), state.server)
-        aggregated = time.perf_counter()
-        record = {
-            "round": round,
-            "attempts": len(attempts),
-            "sampled": attempt.sampled,
-            "completed": attempt.completed,
-            "dropped": attempt.dropped,
-            "late": attempt.late,
-            "rejected": attempt.rejected,
-            "examples": attempt.examples,
-            "steps": attempt.steps,
-            "train_loss": attempt.loss / attempt.examples,
-            "lr": config.client.lr * rate_factor(config.client, (round - 0.5) / config.server.rounds),
-            "update_norm": update_norm(current, state.tensors),
-            "bytes": _count_bytes(experiment, state, attempts),
-        }
-        state.round = round
-        record |= evaluate_round(experiment, state)
-        evaluated = time.perf_counter()
-        record["seconds"] = {
-            "train": trained - started,
-            "aggregate": aggregated - trained,
-            "evaluate": evaluated - aggregated,
-        }
-        state.seconds += evaluated - started
-        folder.append_metrics(record)
-        improved = state.best is not None and state.best["round"] == round
-        if improved or round % config.run.checkpoint_every == 0 or round == config.server.rounds:
+    config, saved = experiment.config, state.round
+    try:
+        while state.round < config.server.rounds:
+            following, record = _run_round(experiment, state, watch, train)
+            folder.append_metrics(record)
+            state = following
+            improved = state.best is not None and state.best["round"] == state.round
+            if improved or state.round % config.run.checkpoint_every == 0 or state.round == config.server.rounds:
+                save_checkpoint(folder, state, experiment.digest)
+                saved = state.round
+            watch("round", record)
+    except (RunError, KeyboardInterrupt):
+        if state.round > saved:
             save_checkpoint(folder, state, experiment.digest)
-        watch("round", record)
+        raise
     return state
+
+
+def _run_round(experiment: Experiment, state: State, watch: Watch, train: Train) -> tuple[State, dict[str, Any]]:
+    """The state after the next round and the round's record; `state` itself stays as it is."""
+    config = experiment.config
+    started = time.perf_counter()
+    round = state.round + 1
+    attempts = _collect(experiment, state, round, watch, train)
+    attempt = attempts[-1]
+    trained = time.perf_counter()
+    current = state.tensors
+    tensors, server = server_step(config.server, current, attempt.mean.result(current), state.server)
+    state = replace(state, round=round, tensors=tensors, server=server)
+    aggregated = time.perf_counter()
+    record = {
+        "round": round,
+        "attempts": len(attempts),
+        "sampled": attempt.sampled,
+        "completed": attempt.completed,
+        "dropped": attempt.dropped,
+        "late": attempt.late,
+        "rejected": [item for one in attempts for item in one.rejected],
+        "examples": attempt.examples,
+        "steps": attempt.steps,
+        "train_loss": attempt.loss / attempt.examples,
+        "lr": config.client.lr * rate_factor(config.client, (round - 0.5) / config.server.rounds),
+        "update_norm": update_norm(current, state.tensors),
+        "bytes": _count_bytes(experiment, state, attempts),
+    }
+    record |= evaluate_round(experiment, state)
+    evaluated = time.perf_counter()
+    record["seconds"] = {
+        "train": trained - started,
+        "aggregate": aggregated - trained,
+        "evaluate": evaluated - aggregated,
+    }
+    state.seconds += evaluated - started
+    return state, record
 
 
 def evaluate_round(experiment: Experiment, state: State) -> dict[str, Any]:
@@ -104,7 +120,8 @@ def evaluate_round(experiment: Experiment, state: State) -> dict[str, Any]:
     experiment.learner.load(state.tensors)
     if validate:
         scores["validation"] = score(_predict(experiment, experiment.validation))
-        if state.best is None or scores["validation"]["accuracy"] > state.best["validation"]["accuracy"]:
+        better = state.best is None or scores["validation"]["accuracy"] > state.best["validation"]["accuracy"]
+        if better and math.isfinite(scores["validation"]["loss"]):
             state.best = {"round": state.round, "validation": scores["validation"]}
     if test:
         scores["test"] = test_scores(experiment)
@@ -146,9 +163,11 @@ def _collect(experiment: Experiment, state: State, round: int, watch: Watch, tra
             watch("client", {"round": round, "client": client, "position": position, "of": len(attempt.sampled)})
         if len(attempt.completed) >= server.min_updates:
             return attempts
+        attempt.mean = WeightedMean()
     raise RunError(
         f"round {round}: got {len(attempt.completed)} good updates in the last of {server.retries + 1} attempts, "
-        f"server.min_updates is {server.min_updates}; {_reasons(attempt)}; the state after round {round - 1} is saved"
+        f"server.min_updates is {server.min_updates}; {_reasons(attempt)}; the state after round {round - 1} is saved, "
+        f"`federa resume DIR --set server.retries=N` tries more often"
     )
 
 

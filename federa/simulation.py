@@ -1,6 +1,5 @@
 """A whole run on one machine: build, train round after round, score, export, report; and taking one up again."""
 
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,7 @@ from federa.checkpoint import (
     newest_checkpoint,
     save_checkpoint,
 )
-from federa.config import Config, load_config
+from federa.config import FREE_KEYS, Config, anchored, config_digest, load_config
 from federa.errors import InputError
 from federa.experiment import Experiment, build
 from federa.export import export_peft, has_adapters
@@ -67,17 +66,27 @@ def run(
     called as things happen: "ready", "client", "round", "scored". Raises InputError for bad input, before any training,
     and RunError when a round cannot be completed; what was finished stays saved.
     """
-    resolved = load_config(config, overrides)
+    resolved = anchored(load_config(config, overrides))
     folder = RunFolder.create(output, resolved)
     with folder.lock():
         return _finished(folder) or _train(folder, resolved, watch)
 
 
-def resume(output: str | Path, *, watch: Watch = _silent) -> RunResult:
-    """Takes up the run in `output` after its last saved round; the result is bitwise that of a run never stopped."""
+def resume(output: str | Path, *, overrides: Sequence[str] = (), watch: Watch = _silent) -> RunResult:
+    """Takes up the run in `output` after its last saved round.
+
+    On a CPU the result is bitwise that of a run never stopped. `overrides` may change only what finished rounds do not
+    depend on: server.retries, server.min_updates and data.cache; InputError names another key.
+    """
     folder = RunFolder.open(output)
     with folder.lock():
-        return _finished(folder) or _train(folder, folder.config(), watch)
+        before = folder.config()
+        config = load_config(before, overrides)
+        if config_digest(config) != config_digest(before):
+            raise InputError(f"--set: may change {', '.join(FREE_KEYS)} of a begun run, got {', '.join(overrides)}")
+        if config != before:
+            folder.write_config(config)
+        return _finished(folder) or _train(folder, config, watch)
 
 
 def restore(output: str | Path, round: int | None = None) -> tuple[Experiment, State]:
@@ -120,9 +129,8 @@ def _finished(folder: RunFolder) -> RunResult | None:
 def _train(folder: RunFolder, config: Config, watch: Watch) -> RunResult:
     clear_leftovers(folder.path)
     begun = folder.init_file.is_file() or bool(checkpoint_rounds(folder))
-    if begun:
-        torch.set_num_threads(_recorded_threads(folder))
-    experiment = build(config, Broadcast.load(folder.init_file) if begun else None)
+    device = _recorded_device(folder) if begun else None
+    experiment = build(config, Broadcast.load(folder.init_file) if begun else None, device)
     if begun and folder.read_json(folder.partition_file, ("data",))["data"] != experiment.data_digest():
         raise InputError(f"{folder.path}: data.* must give the texts that this run began with, got other ones")
     state = newest_checkpoint(folder, experiment.digest, experiment.learner.state()) if begun else None
@@ -130,18 +138,20 @@ def _train(folder: RunFolder, config: Config, watch: Watch) -> RunResult:
         state = _begin(experiment, folder)
     folder.rewind_metrics(state.round)
     watch("ready", {"experiment": experiment, "state": state})
-    started = time.perf_counter()
     state = run_rounds(experiment, folder, state, watch)
-    watch("trained", {"seconds": time.perf_counter() - started})
     return _conclude(experiment, folder, state, watch)
 
 
-def _recorded_threads(folder: RunFolder) -> int:
-    """The CPU threads that the run began with: sums depend on them."""
-    threads = folder.read_json(folder.environment_file, ("threads",))["threads"]
+def _recorded_device(folder: RunFolder) -> str:
+    """The device that the run began on; takes its number of CPU threads too, since sums depend on both."""
+    facts = folder.read_json(folder.environment_file, ("threads", "device"))
+    threads, device = facts["threads"], facts["device"]
     if not isinstance(threads, int) or threads < 1:
         raise InputError(f"{folder.environment_file}: threads must be a positive integer, got {threads!r}")
-    return threads
+    if device not in ("cpu", "cuda", "mps"):
+        raise InputError(f"{folder.environment_file}: device must be cpu, cuda or mps, got {device!r}")
+    torch.set_num_threads(threads)
+    return device
 
 
 def _begin(experiment: Experiment, folder: RunFolder) -> State:

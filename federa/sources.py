@@ -7,7 +7,6 @@ Whatever is wrong with it raises `InputError`: one line that names the key and t
 import contextlib
 import difflib
 import glob
-import hashlib
 import json
 import platform
 import sys
@@ -20,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from federa.config import DataConfig
-from federa.data import Corpus, Texts
+from federa.data import Corpus, Texts, is_test, text_key
 from federa.errors import InputError
 from federa.hub import ask_hub
 from federa.randomness import Purpose, generator
@@ -62,16 +61,6 @@ def load_corpus(config: DataConfig, seed: int) -> Corpus:
     if len(np.unique(train.labels)) < 2:
         raise InputError(f"data.label must hold at least 2 distinct labels, got 1 in {len(train)} training examples")
     return Corpus(source, train, test, names)
-
-
-def text_key(text: str) -> str:
-    """SHA-256 of a text's letters and digits, case-folded: equal for texts that differ in nothing else."""
-    return hashlib.sha256("".join(filter(str.isalnum, text.casefold())).encode()).hexdigest()
-
-
-def is_test(key: str) -> bool:
-    """Whether the text of a `text_key` belongs to the test split: one in five."""
-    return int(key, 16) % 5 == 0
 
 
 def _first_of_shuffle(texts: Texts, count: int | None, seed: int, step: int) -> Texts:

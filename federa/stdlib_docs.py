@@ -11,9 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
-from federa.data import Texts
+from federa.data import Texts, is_test, text_key
 from federa.errors import InputError
-from federa.sources import is_test, text_key
 
 # Packages and modules of every CPython from 3.11 on that hold about 60 training texts or more. Ids are positions:
 # they stay the same where one is missing.

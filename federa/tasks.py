@@ -1,5 +1,6 @@
 """Sequence classification: the loss that clients minimise and the scores of a model on examples."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -29,14 +30,11 @@ def predict(model, examples: Examples, batch_size: int, device: torch.device) ->
     """Predictions in the order of `examples`, computed in length-sorted batches in inference mode."""
     predicted = np.empty(len(examples), np.int64)
     losses = np.empty(len(examples), np.float64)
-    order = np.argsort(-examples.lengths, kind="stable")
     training = model.training
     model.eval()
     try:
         with torch.inference_mode():
-            for start in range(0, len(order), batch_size):
-                indices = order[start : start + batch_size]
-                batch = {name: tensor.to(device) for name, tensor in examples.batch(indices).items()}
+            for indices, batch in _longest_first(examples, batch_size, device):
                 logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits.float()
                 predicted[indices] = logits.argmax(-1).cpu().numpy()
                 losses[indices] = F.cross_entropy(logits, batch["labels"], reduction="none").cpu().numpy()
@@ -68,11 +66,18 @@ def mean_features(model, examples: Examples, batch_size: int, device: torch.devi
     _, backbone = backbone_of(model)
     backbone.eval()
     features = np.empty((len(examples), backbone.config.hidden_size), np.float32)
-    order = np.argsort(-examples.lengths, kind="stable")
     with torch.inference_mode():
-        for start in range(0, len(order), batch_size):
-            indices = order[start : start + batch_size]
-            batch = {name: tensor.to(device) for name, tensor in examples.batch(indices).items()}
+        for indices, batch in _longest_first(examples, batch_size, device):
             hidden = backbone(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).last_hidden_state
             features[indices] = mean_pool(hidden, batch["attention_mask"]).float().cpu().numpy()
     return features
+
+
+def _longest_first(
+    examples: Examples, batch_size: int, device: torch.device
+) -> Iterator[tuple[np.ndarray, dict[str, torch.Tensor]]]:
+    """(indices, batch) of all examples in batches of like length; the first shows at once whether memory suffices."""
+    order = np.argsort(-examples.lengths, kind="stable")
+    for start in range(0, len(order), batch_size):
+        indices = order[start : start + batch_size]
+        yield indices, {name: tensor.to(device) for name, tensor in examples.batch(indices).items()}

@@ -41,12 +41,17 @@ def derive_residual(
     lora_A0  (R,K)
     lora_B0  (N,R)
     """
-    residual = weight.double() - scaling * (lora_B0.double() @ lora_A0.double())
-    return residual.to(dtype or weight.dtype).contiguous()
+    residual = _float64(weight) - scaling * (_float64(lora_B0) @ _float64(lora_A0))
+    return residual.to(dtype or weight.dtype).to(weight.device).contiguous()
+
+
+def _float64(tensor: Tensor) -> Tensor:
+    """In float64, on the CPU for a device that has no such numbers (Apple's)."""
+    return (tensor.cpu() if tensor.device.type == "mps" else tensor).double()
 
 
 def _effective(residual: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
-    return residual.double() + scaling * (lora_B.double() @ lora_A.double())
+    return _float64(residual) + scaling * (_float64(lora_B) @ _float64(lora_A))
 
 
 @torch.no_grad()
@@ -54,7 +59,7 @@ def _split(
     weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, residual_dtype: torch.dtype | None
 ) -> LoraInit:
     residual = derive_residual(weight, lora_A, lora_B, scaling, residual_dtype)
-    rounding = (weight.double() - _effective(residual, lora_A, lora_B, scaling)).abs().max().item()
+    rounding = (_float64(weight) - _effective(residual, lora_A, lora_B, scaling)).abs().max().item()
     return LoraInit(lora_A, lora_B, residual, rounding)
 
 
@@ -254,7 +259,8 @@ class FeDeRALinear(nn.Module):
 
         In the layout of the replaced layer, (N,K) or Conv1D's (K,N), and in its dtype.
         """
-        weight = _effective(self.residual, self.lora_A, self.lora_B, self.scaling).to(self._weight_like)
+        weight = _effective(self.residual, self.lora_A, self.lora_B, self.scaling)
+        weight = weight.to(self._weight_like.dtype).to(self._weight_like.device)
         return weight.t().contiguous() if self.fan_in_fan_out else weight
 
     def __setattr__(self, name: str, value: Any) -> None:

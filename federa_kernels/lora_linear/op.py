@@ -26,13 +26,13 @@ def _cast(dtype: torch.dtype, *tensors: Tensor | None) -> list[Tensor | None]:
     return [t if t is None else t.to(dtype) for t in tensors]
 
 
-@torch.library.impl("federa::lora_linear_fwd", ("cpu", "cuda"))
+@torch.library.impl("federa::lora_linear_fwd", "default")
 def _lora_linear_fwd(x, weight, lora_A, lora_B, bias, scaling):
     with torch.autocast(x.device.type, enabled=False):
         return reference.forward(x, *_cast(x.dtype, weight, lora_A, lora_B, bias), scaling)
 
 
-@torch.library.impl("federa::lora_linear_bwd", ("cpu", "cuda"))
+@torch.library.impl("federa::lora_linear_bwd", "default")
 def _lora_linear_bwd(dy, x, h, weight, lora_A, lora_B, bias, scaling, needs):
     with torch.autocast(dy.device.type, enabled=False):
         grads = reference.backward(dy, x, h, *_cast(dy.dtype, weight, lora_A, lora_B), scaling, needs)

@@ -42,10 +42,14 @@ def _check(matrices: Sequence[Tensor], rank: int) -> None:
 
 def _one(matrix: Tensor, rank: int) -> TruncatedSVD:
     # A copy of its own: BLAS may round by alignment, and a matrix must give the same bits alone and in a batch.
-    A = matrix.detach().to(torch.promote_types(matrix.dtype, torch.float32), copy=True)
-    U, S, Vh = reference.truncated_svd(A, rank)
-    matvecs, certified = torch.zeros((), dtype=torch.int64), torch.ones((), dtype=torch.bool)
-    return TruncatedSVD(U, S, Vh, reference.residual(A, U, S, Vh), matvecs.to(A.device), certified.to(A.device))
+    # Apple's GPU has neither float64 nor an SVD: its matrices are factored, and measured, on the CPU.
+    home = "cpu" if matrix.device.type == "mps" else matrix.device
+    A = matrix.detach().to(torch.promote_types(matrix.dtype, torch.float32), copy=True).to(home)
+    factors = reference.truncated_svd(A, rank)
+    matvecs = torch.zeros((), dtype=torch.int64, device=home)
+    certified = torch.ones((), dtype=torch.bool, device=home)
+    measured = reference.residual(A, *factors)
+    return TruncatedSVD(*(factor.to(matrix.device) for factor in factors), measured, matvecs, certified)
 
 
 @torch.no_grad()
@@ -57,8 +61,9 @@ def truncated_svd(matrices: Tensor | Sequence[Tensor], rank: int) -> TruncatedSV
     matrices  (N,K), (G,N,K) or a list of (N,K); bfloat16 and float16 are factored in float32, float64 in float64
     rank      R, from 1 to min(N,K)
 
-    Returns a TruncatedSVD, for a list one per matrix in the order given. A matrix gives the same bits alone and among
-    others. Raises ValueError for shapes, the rank and entries that are not finite, TypeError for dtypes.
+    Returns a TruncatedSVD, for a list one per matrix in the order given. Matrices are factored one after another, so
+    that each gives the same bits alone and among others. Raises ValueError for shapes, the rank and entries that are
+    not finite, TypeError for dtypes.
     LAPACK gesdd on the CPU, cuSOLVER on a GPU (`torch.linalg.svd`).
     """
     if not isinstance(matrices, Tensor):

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 
 from federa.checkpoint import (
     State,
@@ -252,7 +253,9 @@ def facts_of(folder: Path) -> dict:
     adapter = {file.name: file.read_bytes() for file in files.adapter.iterdir() if file.suffix != ".md"}
     saved = [files.checkpoints / f"round-{round:05d}" for round in (result["rounds"], result["best"]["round"])]
     states = [(path / "state.safetensors").read_bytes() for path in saved]
-    partition, init = files.partition_file.read_bytes(), files.init_file.read_bytes()
+    partition = files.partition_file.read_bytes()
+    with safe_open(files.init_file, framework="np") as file:  # safetensors writes metadata in any order
+        init = file.metadata(), {name: file.get_tensor(name).tobytes() for name in file.keys()}  # noqa: SIM118
     return {"records": records, "result": result, "partition": partition, "init": init} | adapter | {"states": states}
 
 

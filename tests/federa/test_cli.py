@@ -13,7 +13,6 @@ from federa.cli import main
 from federa.config import changed, dump_config
 from federa.folder import RunFolder
 
-INTERRUPTED = "federa: interrupted; every finished round is saved, `federa resume DIR` goes on"
 PNG = b"\x89PNG\r\n\x1a\n"
 
 
@@ -183,7 +182,7 @@ def test_a_run_that_cannot_go_on_exits_with_1(federa, config_file, tmp_path):
     settings = ("failures.dropout=0.99", "server.min_updates=2", "server.retries=0")
     code, _, err = federa("run", config_file, "--output", "run", *(part for s in settings for part in ("--set", s)))
     assert code == 1 and err.count("\n") == 1
-    assert err.startswith("federa: round 1: got ") and err.endswith("`federa resume` goes on from there\n")
+    assert err.startswith("federa: round 1: got ") and "`federa resume" in err
 
 
 def test_an_interrupt_exits_with_130_and_resumes(federa, config_file, done, monkeypatch):
@@ -200,7 +199,8 @@ def test_an_interrupt_exits_with_130_and_resumes(federa, config_file, done, monk
     with monkeypatch.context() as patch:
         patch.setattr(RunProgress, "__call__", interrupting)
         code, _, err = federa("run", config_file, "--output", "run")
-    assert code == 130 and err == INTERRUPTED + "\n"
+    assert code == 130 and err.count("\n") == 1
+    assert err.startswith("federa: interrupted; ") and "`federa resume DIR`" in err
     code, out, _ = federa("resume", "run")
     assert code == 0 and "report   run/report.html" in out
     first, second = (place / "adapter" / "adapter_model.safetensors" for place in (done[0], RunFolder("run").path))

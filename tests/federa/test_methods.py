@@ -1,5 +1,7 @@
 """Which tensors train, how they start, and the broadcast that makes every client's model the server's."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from transformers import AutoModelForSequenceClassification, RobertaConfig, RobertaForSequenceClassification
@@ -78,7 +80,11 @@ def test_adapters_and_head_train(load, family, method):
 def test_head_only_trains_the_head(load, family):
     learner = learner_of(load(family), "head-only")
     assert sorted(learner.trainable) == sorted(FAMILIES[family][2].split()) and learner.head == set(learner.trainable)
-    assert not adapted_layers(learner.model) and learner.broadcast == Broadcast({}, {}) and learner.broadcast.bytes == 0
+    assert (
+        not adapted_layers(learner.model)
+        and learner.broadcast == Broadcast({}, {}, learner.broadcast.base)
+        and learner.broadcast.bytes == 0
+    )
 
 
 @families
@@ -185,15 +191,15 @@ def test_broadcasts_survive_a_file_bit_for_bit(load, method, tmp_path):
     broadcast = learner_of(load(), method).broadcast
     broadcast.save(tmp_path / "init.safetensors")
     again = Broadcast.load(tmp_path / "init.safetensors")
-    assert again.fingerprints == broadcast.fingerprints
+    assert again.fingerprints == broadcast.fingerprints and again.base == broadcast.base
     assert again.factors.keys() == broadcast.factors.keys()
     for name, pair in broadcast.factors.items():
         assert all(torch.equal(one, other) for one, other in zip(pair, again.factors[name], strict=True))
 
 
 def test_an_empty_broadcast_survives_a_file(tmp_path):
-    Broadcast({}, {}).save(tmp_path / "init.safetensors")
-    assert Broadcast.load(tmp_path / "init.safetensors") == Broadcast({}, {})
+    Broadcast({}, {}, "base").save(tmp_path / "init.safetensors")
+    assert Broadcast.load(tmp_path / "init.safetensors") == Broadcast({}, {}, "base")
 
 
 @pytest.mark.parametrize("content", [None, b"", b"nonsense", b"\x02\0\0\0\0\0\0\0{}"], ids=str)
@@ -234,6 +240,19 @@ def test_another_base_weight_is_noticed(load, broadcast):
         learner_of(model, broadcast=broadcast)
 
 
+@pytest.mark.parametrize("method", ["federa", "lora", "head-only", "full"])
+def test_another_embedding_is_noticed(load, method):
+    """A weight that no adapter pins, whatever the method; the head, which is sent anyway, may differ."""
+    broadcast = learner_of(load(), method).broadcast
+    model = load()
+    model.classifier.weight.data.zero_()
+    assert learner_of(model, method, broadcast=broadcast).broadcast.base == broadcast.base
+    model = load()
+    model.bert.embeddings.word_embeddings.weight.data[3, 5] += 1e-6
+    with pytest.raises(InputError, match="^model.name: must be the base model that the run began with"):
+        learner_of(model, method, broadcast=broadcast)
+
+
 def test_another_scaling_is_noticed(load, broadcast):
     with pytest.raises(InputError, match=f"^{LAYERS[0]}: the hash of its weight"):
         learner_of(load(), broadcast=broadcast, alpha=5.0)
@@ -242,7 +261,7 @@ def test_another_scaling_is_noticed(load, broadcast):
 def test_flipped_signs_are_noticed(load, broadcast):
     """(-B) (-A) = B A leaves the residual as it is; averaged with other clients' it would be nonsense."""
     A0, B0 = broadcast.factors[LAYERS[2]]
-    flipped = Broadcast({**broadcast.factors, LAYERS[2]: (-A0, -B0)}, broadcast.fingerprints)
+    flipped = replace(broadcast, factors={**broadcast.factors, LAYERS[2]: (-A0, -B0)})
     with pytest.raises(InputError, match=f"^{LAYERS[2]}: the hash of its weight"):
         learner_of(load(), broadcast=flipped)
 
@@ -268,3 +287,14 @@ def test_targets_are_chosen_as_peft_chooses(load, target):
     assert list(layers) == [
         f"bert.encoder.layer.{i}.attention.self.{kind}" for i in range(2) for kind in ("query", "value")
     ]
+
+
+@pytest.mark.parametrize("method", ["federa", "head-only"])
+def test_another_backbone_is_noticed_even_where_nothing_is_adapted(load, method):
+    broadcast = learner_of(load(), method).broadcast
+    other = load()
+    with torch.no_grad():
+        other.bert.embeddings.word_embeddings.weight[7, 0] += 1
+    with pytest.raises(InputError, match=r"^model\.name: must be the base model that the run began with"):
+        learner_of(other, method, broadcast=broadcast)
+    assert learner_of(load(), method, broadcast=broadcast).broadcast.base == broadcast.base
