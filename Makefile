@@ -24,7 +24,7 @@ test: $(VENV)/.test
 	$(BIN)/python -m pytest $(ARGS)
 
 bench: $(VENV)/.test
-	$(BIN)/python -m pytest benchmarks $(ARGS)
+	$(BIN)/python -m pytest benchmarks --benchmark-columns=median,iqr,rounds $(ARGS)
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
