@@ -79,7 +79,8 @@ def check_export(format: str, path: Path) -> None:
 
 def export_peft(experiment: Experiment, path: Path) -> None:
     """A plain LoRA on the untouched base, dW = s (B A - B0 A0) = s [B, -B0] [A; A0]: rank 2R, lora_alpha 2 alpha so
-    that the scaling stays s = alpha / R. Method lora starts at B0 = 0 and keeps rank R. The head goes along in full."""
+    that the scaling stays s = alpha / R. Method lora starts at B0 = 0 and keeps rank R. The head goes along in full.
+    A bfloat16 residual's rounding is no part of it; merged and residual exports keep that."""
     factors, doubled = {}, experiment.config.method.name == "federa"
     for name, layer in _layers(experiment).items():
         factors[name] = layer.delta() if doubled else (layer.lora_A, layer.lora_B)
