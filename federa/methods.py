@@ -40,16 +40,16 @@ class Broadcast:
         tensors = {}
         for name, (A0, B0) in self.factors.items():
             tensors[f"{name}.lora_A0"], tensors[f"{name}.lora_B0"] = A0.contiguous(), B0.contiguous()
-        write_atomic(
-            path, save(tensors, metadata={"fingerprints": json.dumps(dict(self.fingerprints)), "base": self.base})
-        )
+        hashes = json.dumps({"base": self.base, "fingerprints": dict(self.fingerprints)})
+        write_atomic(path, save(tensors, metadata={"hashes": hashes}))  # one entry: safetensors orders them at random
 
     @classmethod
     def load(cls, path: Path) -> "Broadcast":
         """Raises InputError when the file is missing or corrupt."""
         try:
             with safe_open(path, framework="pt") as file:
-                fingerprints, base = json.loads(file.metadata()["fingerprints"]), file.metadata()["base"]
+                hashes = json.loads(file.metadata()["hashes"])
+                fingerprints, base = hashes["fingerprints"], str(hashes["base"])
                 if {f"{name}.lora_{factor}0" for name in dict(fingerprints) for factor in "AB"} != set(file.keys()):
                     raise ValueError("other tensors than it has fingerprints for")
                 factors = {
