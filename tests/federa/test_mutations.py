@@ -302,7 +302,8 @@ def test_checkpoints(tmp_path, saved):
         state, message = attempt(load, folder, name == FILES[0])
         path.write_bytes(contents[name])
         if state is None:
-            assert str(folder.path) in message or "hash of its weight" in message or "factors must" in message
+            named = (str(folder.path), "hash of its weight", "factors must", "must be the base model")
+            assert any(part in message for part in named)
         else:
             accepted += 1
             assert state.tensors.keys() == expected.tensors.keys()
