@@ -155,6 +155,8 @@ def _attach_adapters(model, config: MethodConfig, seed: int, broadcast: Broadcas
         )
     except (TypeError, ValueError) as error:
         problem = str(error).removeprefix("replace_linears: ")
+        if broadcast is not None:
+            raise InputError(f"the initial factors must fit this model and method.rank, got: {problem}") from None
         section = "method." if problem.startswith(("rank ", "target_modules ")) else "model.name: "
         raise InputError(section + problem) from None
     layers = {name: model.get_submodule(name) for name in report.replaced}

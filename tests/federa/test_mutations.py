@@ -303,7 +303,7 @@ def test_checkpoints(tmp_path, saved):
         path.write_bytes(contents[name])
         if state is None:
             named = (str(folder.path), "hash of its weight", "factors must", "must be the base model")
-            assert any(part in message for part in named)
+            assert any(part in message for part in named), message
         else:
             accepted += 1
             assert state.tensors.keys() == expected.tensors.keys()
