@@ -1,7 +1,8 @@
 """Records of runs -> the README's tables and figures. No number is typed into the README by hand.
 
-python -m benchmarks.plot add NAME RUN_FOLDER    record a finished run and copy its figures
-python -m benchmarks.plot                        write the README's tables again
+python -m benchmarks.plot                                 write the README's tables again
+python -m benchmarks.plot --add NAME RUN_FOLDER           record a finished run and copy its curves first
+python -m benchmarks.plot --add NAME RUN_FOLDER --busy    the same on a machine with other work: no times
 """
 
 import argparse
@@ -22,7 +23,7 @@ PLOTS = ROOT / "benchmarks/plots"
 README = ROOT / "README.md"
 
 
-def record_run(name: str, folder: Path) -> dict[str, Any]:
+def record_run(name: str, folder: Path, busy: bool) -> dict[str, Any]:
     """One record of a finished run: its scores beside its yardsticks, its cost, and what it ran on."""
     run, config = read_run(folder), RunFolder.open(folder).config()
     traffic = run.rounds[-1].bytes
@@ -37,11 +38,11 @@ def record_run(name: str, folder: Path) -> dict[str, Any]:
         "clients": len(run.partition.counts),
         "clients_per_round": config.server.clients_per_round,
         "convention": run.partition.convention,
-        "seconds": round(facts.seconds, 1),
+        "seconds": None if busy else round(facts.seconds, 1),
         "bytes_up_per_client": traffic.up_per_client,
         "trainable_parameters": facts.trainable_parameters,
         "total_parameters": facts.total_parameters,
-        "source": facts.source,
+        "source": Path(config.data.path).name if config.data.path else facts.source,
         "seed": config.seed,
         "environment": {key: run.environment[key] for key in kept},
         "commit": commit.stdout.strip(),
@@ -49,12 +50,12 @@ def record_run(name: str, folder: Path) -> dict[str, Any]:
     }
 
 
-def add(name: str, folder: Path) -> None:
-    """Puts a run's record in the place of an older one of that name, and its figures under plots/."""
-    records = [record for record in read_records() if record["name"] != name] + [record_run(name, folder)]
+def add(name: str, folder: Path, busy: bool) -> None:
+    """Puts a run's record in the place of an older one of that name, and its curves under plots/."""
+    records = [record for record in read_records() if record["name"] != name] + [record_run(name, folder, busy)]
     write_atomic(RECORDS, "".join(to_json(record) + "\n" for record in sorted(records, key=lambda r: r["name"])))
-    for figure in ("curves", "partition"):
-        shutil.copyfile(folder / f"{figure}.png", PLOTS / f"{name}-{figure}.png")
+    PLOTS.mkdir(exist_ok=True)
+    shutil.copyfile(folder / "curves.png", PLOTS / f"{name}-curves.png")
 
 
 def read_records() -> list[dict[str, Any]]:
@@ -78,10 +79,11 @@ def _table(record: dict[str, Any]) -> str:
     ]
     share = record["trainable_parameters"] / record["total_parameters"]
     full = 4 * record["total_parameters"] / 1e6
-    environment = record["environment"]
+    environment, seconds = record["environment"], record["seconds"]
+    spent = "" if seconds is None else f"{seconds / 60:.1f} min of training and scoring on "
     facts = (
-        f"{record['rounds']} rounds, {record['clients_per_round']} of {record['clients']} clients each, "
-        f"{record['seconds'] / 60:.1f} min of training and validation on {environment['threads']} CPU threads; "
+        f"{record['rounds']} rounds, {record['clients_per_round']} of {record['clients']} clients each; "
+        f"{spent}{environment['threads']} CPU thread{'s' * (environment['threads'] > 1)}. "
         f"{share:.1%} of the parameters train, {record['bytes_up_per_client'] / 1e6:.1f} MB up per client and round "
         f"instead of {full:.0f} MB. Seed {record['seed']}, {record['convention']}, torch {environment['torch']}."
     )
@@ -90,12 +92,11 @@ def _table(record: dict[str, Any]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("words", nargs="*", metavar="add NAME RUN_FOLDER")
-    words = parser.parse_args().words
-    if words and (words[0] != "add" or len(words) != 3):
-        parser.error("must be nothing, or: add NAME RUN_FOLDER")
-    if words:
-        add(words[1], Path(words[2]))
+    parser.add_argument("--add", nargs=2, metavar=("NAME", "RUN_FOLDER"))
+    parser.add_argument("--busy", action="store_true")
+    options = parser.parse_args()
+    if options.add:
+        add(options.add[0], Path(options.add[1]), options.busy)
     write_atomic(README, tables(README.read_text(encoding="utf-8"), read_records()))
 
 
