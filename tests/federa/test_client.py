@@ -91,7 +91,9 @@ def test_one_adamw_step_is_the_formula(train, start, exact_gradient):
     gradient, _ = exact_gradient(start, range(16))
     for name in start:
         g = gradient[name]
-        sure = g.abs() > 1e-5 * g.abs().max() + 1e-7  # elsewhere rounding decides g / |g|
+        # g / (|g| + 1e-8) has slope 1e-8 / g^2: where g is small, float32's rounding of g decides it.
+        sure = g.abs() > 1e-3 * g.abs().max() + 1e-6
+        assert sure.double().mean() > 0.5
         expected = -0.01 * (g / (g.abs() + 1e-8) + 0.1 * start[name].double())
         assert error((update.tensors[name].double() - start[name])[sure], expected[sure]) < 1e-5, name
         assert sure.float().mean() > 0.4, name
