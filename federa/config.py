@@ -7,6 +7,7 @@ types and impossible values raise `InputError` with one line that names the key 
 import difflib
 import hashlib
 import json
+import os
 import reprlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -205,9 +206,9 @@ def anchored(config: Config) -> Config:
     """`config` with its local paths made absolute, so that a run can be taken up from any folder."""
     sections = {}
     if config.data.path is not None:
-        sections["data"] = {"path": str(Path(config.data.path).expanduser().absolute())}
+        sections["data"] = {"path": os.path.abspath(Path(config.data.path).expanduser())}
     if (model := Path(config.model.name).expanduser()).is_dir():
-        sections["model"] = {"name": str(model.absolute())}
+        sections["model"] = {"name": os.path.abspath(model)}
     return changed(config, **sections)
 
 
