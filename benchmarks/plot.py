@@ -45,7 +45,7 @@ def record_run(name: str, folder: Path, busy: bool) -> dict[str, Any]:
         "source": Path(config.data.path).name if config.data.path else facts.source,
         "seed": config.seed,
         "environment": {key: run.environment[key] for key in kept},
-        "commit": commit.stdout.strip(),
+        "recorded_at_commit": commit.stdout.strip(),  # of the checkout that wrote the record
         "utc": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 

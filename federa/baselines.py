@@ -60,7 +60,10 @@ def run_baseline(name: str, config: Config, output: str | Path, watch: Watch) ->
 
 
 def yardsticks(config: Config, output: str | Path, watch: Watch) -> list[Row]:
-    """The YARDSTICKS of the run in `output`, written to its yardsticks.json; each is kept as soon as it is known."""
+    """The YARDSTICKS of the run in `output`, written to its yardsticks.json; each run of them keeps its own baseline.json.
+
+    `watch` hears "baseline" before each, and then what `run` says.
+    """
     folder, rows = RunFolder.open(output), []
     for name in YARDSTICKS:
         watch("baseline", {"name": name})

@@ -64,7 +64,7 @@ def run(
 
     A folder that holds the same run is taken up where it stopped, or read if it is finished. `watch(event, facts)` is
     called as things happen: "ready", "client", "round", "scored". Raises InputError for bad input, before any training,
-    and RunError when a round cannot be completed; what was finished stays saved.
+    and RunError when a round cannot be completed; every finished round stays saved.
     """
     resolved = anchored(load_config(config, overrides))
     folder = RunFolder.create(output, resolved)
