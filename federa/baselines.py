@@ -60,7 +60,7 @@ def run_baseline(name: str, config: Config, output: str | Path, watch: Watch) ->
 
 
 def yardsticks(config: Config, output: str | Path, watch: Watch) -> list[Row]:
-    """The YARDSTICKS of the run in `output`, written to its yardsticks.json; each run of them keeps its own baseline.json.
+    """The YARDSTICKS of the run in `output`, written to its yardsticks.json; all but majority keep a baseline.json too.
 
     `watch` hears "baseline" before each, and then what `run` says.
     """
