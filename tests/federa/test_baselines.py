@@ -17,7 +17,7 @@ from federa.experiment import build
 from federa.folder import RunFolder
 from federa.partition import partition_like
 from federa.randomness import Purpose, generator
-from federa.tasks import predict
+from federa.tasks import mean_features, predict
 
 
 def silent(event, facts):
@@ -71,16 +71,19 @@ def test_head_only_is_a_run_of_the_method(tiny_config, tmp_path):
 
 
 def test_linear_probe_by_sklearn(tiny_config, tmp_path):
-    """Means of transformers' own hidden states, one text at a time; C is chosen on the validation split."""
+    """Features are means of transformers' own hidden states; of sklearn's probes validation chooses C."""
     backbone = AutoModel.from_pretrained(tiny_config.model.name).eval()
     experiment = build(tiny_config)
+    parts = (experiment.train, experiment.validation, experiment.test)
+    features = [mean_features(experiment.learner.model, part, 48, experiment.learner.device) for part in parts]
+    for part, found in zip(parts, features, strict=True):
+        with torch.no_grad():  # one text at a time
+            ids = [part.batch(np.array([i]))["input_ids"] for i in range(len(part))]
+            alone = [backbone(input_ids=row).last_hidden_state[0].mean(0).numpy() for row in ids]
+        assert found == pytest.approx(np.stack(alone), rel=1e-4, abs=1e-5)
 
-    @torch.no_grad()
-    def features(examples):
-        ids = [examples.batch(np.array([i]))["input_ids"] for i in range(len(examples))]
-        return np.stack([backbone(input_ids=row).last_hidden_state[0].mean(0).numpy() for row in ids])
-
-    train, validation, test = (features(part) for part in (experiment.train, experiment.validation, experiment.test))
+    # From the same bits on: one prediction may hang on the last of them.
+    train, validation, test = features
     probes = [LogisticRegression(C=C, max_iter=2000).fit(train, experiment.train.labels) for C in PROBE_C]
     best = max(probes, key=lambda probe: probe.score(validation, experiment.validation.labels))
     row = run_baseline("linear-probe", tiny_config, tmp_path / "out", silent)
