@@ -1,5 +1,6 @@
-"""y = x W^T + s (x A^T) B^T + b, forward and backward."""
+"""y = x W^T + s (x A^T) B^T + b, forward and backward: one adapter, many clients, shared inputs."""
 
-from .op import lora_linear
+from .op import lora_linear, lora_linear_clients, lora_linear_shared
+from .segments import Segments
 
-__all__ = ["lora_linear"]
+__all__ = ["Segments", "lora_linear", "lora_linear_clients", "lora_linear_shared"]

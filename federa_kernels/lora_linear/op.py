@@ -1,91 +1,315 @@
-"""`lora_linear`: schema, implementations, fakes, the autograd Function and the public function, in this order.
+"""`lora_linear` and its forms for many clients and for shared inputs: schemas, implementations, fakes, the autograd
+Functions and the public functions, in this order.
 
 The ops work on rows and take x (or dy) in the dtype to compute in; the other tensors may be of any float dtype, and
-gradients come back in the dtype of what they belong to.
+gradients come back in the dtype of what they belong to. `packed` is a form of the weight that FrozenWeight made.
 """
+
+import functools
+from collections.abc import Sequence
+from types import ModuleType
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .._checks import check_device, check_float, check_shape, failure
-from . import reference
+from . import cpu, reference
+from .segments import Segments
 
-torch.library.define(
-    "federa::lora_linear_fwd",
-    "(Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B, Tensor? bias, float scaling) -> (Tensor y, Tensor h)",
-)
-torch.library.define(
-    "federa::lora_linear_bwd",
-    "(Tensor dy, Tensor? x, Tensor? h, Tensor weight, Tensor lora_A, Tensor lora_B, Tensor? bias, float scaling, "
-    "bool[] needs) -> Tensor[]",
-)
+if TYPE_CHECKING:
+    from ..frozen import FrozenWeight
+
+for name, schema in {
+    "lora_linear_fwd": "(Tensor x, Tensor weight, Tensor? packed, Tensor lora_A, Tensor lora_B, Tensor? bias, "
+    "float scaling) -> (Tensor y, Tensor h)",
+    "lora_linear_bwd": "(Tensor dy, Tensor? x, Tensor? h, Tensor weight, Tensor? packed, Tensor lora_A, Tensor lora_B, "
+    "Tensor? bias, float scaling, bool[] needs) -> Tensor[]",
+    "lora_linear_clients_fwd": "(Tensor x, Tensor weight, Tensor? packed, Tensor lora_A, Tensor lora_B, Tensor? bias, "
+    "Tensor offsets, Tensor scalings, Tensor ranks) -> (Tensor y, Tensor h)",
+    "lora_linear_clients_bwd": "(Tensor dy, Tensor? x, Tensor? h, Tensor weight, Tensor? packed, Tensor lora_A, "
+    "Tensor lora_B, Tensor? bias, Tensor offsets, Tensor scalings, Tensor ranks, bool[] needs) -> Tensor[]",
+    "lora_linear_shared_fwd": "(Tensor x, Tensor[] weights, Tensor?[] packed, Tensor[] lora_As, Tensor[] lora_Bs, "
+    "Tensor?[] biases, float[] scalings) -> Tensor[]",
+    "lora_linear_shared_bwd": "(Tensor[] dys, Tensor? x, Tensor? h, Tensor[] weights, Tensor?[] packed, "
+    "Tensor[] lora_As, Tensor[] lora_Bs, Tensor?[] biases, float[] scalings, bool[] needs) -> Tensor[]",
+}.items():
+    torch.library.define(f"federa::{name}", schema)
 
 
-def _cast(dtype: torch.dtype, *tensors: Tensor | None) -> list[Tensor | None]:
+@functools.cache
+def triton_kernels() -> ModuleType | None:
+    """The Triton path, or None where triton is not installed."""
+    try:
+        from . import triton_kernels
+    except ImportError:
+        return None
+    return triton_kernels
+
+
+def path_of(rows: Tensor, packed: Sequence[Tensor | None], rank: int, needs_weight: bool = False) -> str:
+    """Which implementation takes these rows (x or dy): "triton", "cpu" or "reference"."""
+    if rows.device.type == "cuda":
+        kernels = triton_kernels()
+        return "triton" if kernels and kernels.takes(rows, rank) and not needs_weight else "reference"
+    ready = rows.device.type == "cpu" and all(form is not None for form in packed)
+    return "cpu" if ready and not needs_weight and cpu.takes(rows.dtype, rank) else "reference"
+
+
+def _cast(dtype: torch.dtype, tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
     return [t if t is None else t.to(dtype) for t in tensors]
 
 
+def _grads(needed: Sequence[Tensor | None], owners: Sequence[Tensor | None]) -> list[Tensor]:
+    return [d.to(t.dtype) for d, t in zip(needed, owners, strict=True) if d is not None]
+
+
 @torch.library.impl("federa::lora_linear_fwd", "default")
-def _lora_linear_fwd(x, weight, lora_A, lora_B, bias, scaling):
+def _fwd(x, weight, packed, lora_A, lora_B, bias, scaling):
+    path = path_of(x, [packed], lora_A.shape[0])
+    if path == "cpu":
+        return cpu.forward(x, weight, packed, lora_A, lora_B, bias, scaling)
+    if path == "triton":
+        return triton_kernels().launch_lora_linear_fwd(x, weight, lora_A, lora_B, bias, scaling)
     with torch.autocast(x.device.type, enabled=False):
-        return reference.forward(x, *_cast(x.dtype, weight, lora_A, lora_B, bias), scaling)
+        return reference.forward(x, *_cast(x.dtype, (weight, lora_A, lora_B, bias)), scaling)
 
 
 @torch.library.impl("federa::lora_linear_bwd", "default")
-def _lora_linear_bwd(dy, x, h, weight, lora_A, lora_B, bias, scaling, needs):
-    with torch.autocast(dy.device.type, enabled=False):
-        grads = reference.backward(dy, x, h, *_cast(dy.dtype, weight, lora_A, lora_B), scaling, needs)
-    return [d.to(t.dtype) for d, t in zip(grads, (dy, weight, lora_A, lora_B, bias), strict=True) if d is not None]
+def _bwd(dy, x, h, weight, packed, lora_A, lora_B, bias, scaling, needs):
+    path = path_of(dy, [packed] if needs[0] else [], lora_A.shape[0], needs[1])
+    if path == "cpu":
+        grads = cpu.backward(dy, x, h, weight, packed, lora_A, lora_B, scaling, needs)
+    elif path == "triton":
+        grads = triton_kernels().launch_lora_linear_bwd(dy, x, h, weight, lora_A, lora_B, scaling, needs)
+    else:
+        with torch.autocast(dy.device.type, enabled=False):
+            grads = reference.backward(dy, x, h, *_cast(dy.dtype, (weight, lora_A, lora_B)), scaling, needs)
+    return _grads(grads, (dy, weight, lora_A, lora_B, bias))
+
+
+@torch.library.impl("federa::lora_linear_clients_fwd", "default")
+def _clients_fwd(x, weight, packed, lora_A, lora_B, bias, offsets, scalings, ranks):
+    path, segments = path_of(x, [packed], lora_A.shape[1]), (offsets, scalings, ranks)
+    if path == "cpu":
+        return cpu.clients_forward(x, weight, packed, lora_A, lora_B, bias, *segments)
+    if path == "triton":
+        return triton_kernels().launch_lora_linear_clients_fwd(x, weight, lora_A, lora_B, bias, *segments)
+    with torch.autocast(x.device.type, enabled=False):
+        return reference.clients_forward(x, *_cast(x.dtype, (weight, lora_A, lora_B, bias)), *_ranked(segments, lora_A))
+
+
+@torch.library.impl("federa::lora_linear_clients_bwd", "default")
+def _clients_bwd(dy, x, h, weight, packed, lora_A, lora_B, bias, offsets, scalings, ranks, needs):
+    path = path_of(dy, [packed] if needs[0] else [], lora_A.shape[1], needs[1])
+    segments = (offsets, scalings, ranks)
+    if path == "cpu":
+        grads = cpu.clients_backward(dy, x, h, weight, packed, lora_A, lora_B, bias, *segments, needs)
+    elif path == "triton":
+        launch = triton_kernels().launch_lora_linear_clients_bwd
+        grads = launch(dy, x, h, weight, lora_A, lora_B, bias, *segments, needs)
+    else:
+        with torch.autocast(dy.device.type, enabled=False):
+            tensors = _cast(dy.dtype, (weight, lora_A, lora_B, bias))
+            grads = reference.clients_backward(dy, x, h, *tensors, *_ranked(segments, lora_A), needs)
+    return _grads(grads, (dy, weight, lora_A, lora_B, bias))
+
+
+def _ranked(segments: tuple[Tensor, Tensor, Tensor], lora_A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return *segments[:2], segments[2].clamp(max=lora_A.shape[1])
+
+
+@torch.library.impl("federa::lora_linear_shared_fwd", "default")
+def _shared_fwd(x, weights, packed, lora_As, lora_Bs, biases, scalings):
+    path = path_of(x, packed, sum(A.shape[0] for A in lora_As))
+    if path == "cpu":
+        ys, h = cpu.shared_forward(x, weights, packed, lora_As, lora_Bs, biases, scalings)
+    elif path == "triton":
+        ys, h = triton_kernels().launch_lora_linear_shared_fwd(x, weights, lora_As, lora_Bs, biases, scalings)
+    else:
+        with torch.autocast(x.device.type, enabled=False):
+            lists = [_cast(x.dtype, tensors) for tensors in (weights, lora_As, lora_Bs, biases)]
+            ys, h = reference.shared_forward(x, *lists, scalings)
+    return [*ys, h]
+
+
+@torch.library.impl("federa::lora_linear_shared_bwd", "default")
+def _shared_bwd(dys, x, h, weights, packed, lora_As, lora_Bs, biases, scalings, needs):
+    need_weight = any(needs[1::4])
+    path = path_of(dys[0], packed if needs[0] else [], sum(A.shape[0] for A in lora_As), need_weight)
+    if path == "cpu":
+        grads = cpu.shared_backward(dys, x, h, weights, packed, lora_As, lora_Bs, scalings, needs)
+    elif path == "triton":
+        launch = triton_kernels().launch_lora_linear_shared_bwd
+        grads = launch(dys, x, h, weights, lora_As, lora_Bs, scalings, needs)
+    else:
+        with torch.autocast(dys[0].device.type, enabled=False):
+            lists = [_cast(dys[0].dtype, tensors) for tensors in (weights, lora_As, lora_Bs)]
+            grads = reference.shared_backward(dys, x, h, *lists, scalings, needs)
+    return _grads(grads, _shared_owners(dys[0], weights, lora_As, lora_Bs, biases))
+
+
+def _shared_owners(first: Tensor, *lists: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """What each gradient belongs to, in the order of `needs`: x, then (weight, lora_A, lora_B, bias) in turn."""
+    return [first, *(tensor for each in zip(*lists, strict=True) for tensor in each)]
 
 
 @torch.library.register_fake("federa::lora_linear_fwd")
-def _lora_linear_fwd_fake(x, weight, lora_A, lora_B, bias, scaling):
+def _fwd_fake(x, weight, packed, lora_A, lora_B, bias, scaling):
     M = x.shape[0]
     return x.new_empty((M, weight.shape[0])), x.new_empty((M, lora_A.shape[0]))
 
 
+@torch.library.register_fake("federa::lora_linear_clients_fwd")
+def _clients_fwd_fake(x, weight, packed, lora_A, lora_B, bias, offsets, scalings, ranks):
+    M = x.shape[0]
+    return x.new_empty((M, weight.shape[0])), x.new_empty((M, lora_A.shape[1]))
+
+
+@torch.library.register_fake("federa::lora_linear_shared_fwd")
+def _shared_fwd_fake(x, weights, packed, lora_As, lora_Bs, biases, scalings):
+    M = x.shape[0]
+    return [*(x.new_empty((M, W.shape[0])) for W in weights), x.new_empty((M, sum(A.shape[0] for A in lora_As)))]
+
+
+def _fake_grads(dy: Tensor, K: int, owners: Sequence[Tensor | None], needs: Sequence[bool]) -> list[Tensor]:
+    shapes = [(dy.shape[0], K) if t is dy else t if t is None else t.shape for t in owners]
+    return [t.new_empty(s) for t, s, need in zip(owners, shapes, needs, strict=True) if need]
+
+
 @torch.library.register_fake("federa::lora_linear_bwd")
-def _lora_linear_bwd_fake(dy, x, h, weight, lora_A, lora_B, bias, scaling, needs):
-    dx_shape = (dy.shape[0], weight.shape[1])
-    owners = (dy, weight, lora_A, lora_B, bias)
-    return [t.new_empty(dx_shape if t is dy else t.shape) for t, need in zip(owners, needs, strict=True) if need]
+def _bwd_fake(dy, x, h, weight, packed, lora_A, lora_B, bias, scaling, needs):
+    return _fake_grads(dy, weight.shape[1], (dy, weight, lora_A, lora_B, bias), needs)
+
+
+@torch.library.register_fake("federa::lora_linear_clients_bwd")
+def _clients_bwd_fake(dy, x, h, weight, packed, lora_A, lora_B, bias, offsets, scalings, ranks, needs):
+    return _fake_grads(dy, weight.shape[1], (dy, weight, lora_A, lora_B, bias), needs)
+
+
+@torch.library.register_fake("federa::lora_linear_shared_bwd")
+def _shared_bwd_fake(dys, x, h, weights, packed, lora_As, lora_Bs, biases, scalings, needs):
+    owners = _shared_owners(dys[0], weights, lora_As, lora_Bs, biases)
+    return _fake_grads(dys[0], weights[0].shape[1], owners, needs)
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    return tensor.reshape(-1, tensor.shape[-1])
 
 
 class _LoraLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, lora_A, lora_B, bias, scaling):
-        rows = x.reshape(-1, x.shape[-1])
-        y, h = torch.ops.federa.lora_linear_fwd(rows, weight, lora_A, lora_B, bias, scaling)
-        _, need_weight, need_A, need_B, *_ = ctx.needs_input_grad
+    def forward(ctx, x, weight, forward_form, backward_form, lora_A, lora_B, bias, scaling):
+        rows = _rows(x)
+        y, h = torch.ops.federa.lora_linear_fwd(rows, weight, forward_form, lora_A, lora_B, bias, scaling)
+        _, need_weight, _, _, need_A, need_B, *_ = ctx.needs_input_grad
         saved_x, saved_h = rows if need_weight or need_A else None, h if need_B else None
-        ctx.save_for_backward(saved_x, saved_h, weight, lora_A, lora_B, bias)
+        ctx.save_for_backward(saved_x, saved_h, weight, backward_form, lora_A, lora_B, bias)
         ctx.scaling = scaling
         return y.view(*x.shape[:-1], y.shape[-1])
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
-        needs = list(ctx.needs_input_grad[:5])
-        rows = dy.reshape(-1, dy.shape[-1])
-        found = iter(torch.ops.federa.lora_linear_bwd(rows, *ctx.saved_tensors, ctx.scaling, needs))
-        dx, *others = [next(found) if need else None for need in needs]
-        return None if dx is None else dx.view(*dy.shape[:-1], dx.shape[-1]), *others, None
+        needs = [ctx.needs_input_grad[i] for i in (0, 1, 4, 5, 6)]
+        found = iter(torch.ops.federa.lora_linear_bwd(_rows(dy), *ctx.saved_tensors, ctx.scaling, needs))
+        dx, dW, dA, dB, db = (next(found) if need else None for need in needs)
+        return None if dx is None else dx.view(*dy.shape[:-1], dx.shape[-1]), dW, None, None, dA, dB, db, None
 
 
-def _check(x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None) -> None:
-    check_shape("lora_linear", "weight", weight, N=None, K=None)
+class _LoraLinearClients(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, forward_form, backward_form, lora_A, lora_B, bias, offsets, scalings, ranks):
+        segments = (offsets, scalings, ranks)
+        y, h = torch.ops.federa.lora_linear_clients_fwd(x, weight, forward_form, lora_A, lora_B, bias, *segments)
+        _, need_weight, _, _, need_A, need_B, *_ = ctx.needs_input_grad
+        saved_x, saved_h = x if need_weight or need_A else None, h if need_B else None
+        ctx.save_for_backward(saved_x, saved_h, weight, backward_form, lora_A, lora_B, bias, *segments)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        needs = [ctx.needs_input_grad[i] for i in (0, 1, 4, 5, 6)]
+        found = iter(torch.ops.federa.lora_linear_clients_bwd(dy, *ctx.saved_tensors, needs))
+        dx, dW, dA, dB, db = (next(found) if need else None for need in needs)
+        return dx, dW, None, None, dA, dB, db, None, None, None
+
+
+class _LoraLinearShared(torch.autograd.Function):
+    """x and flat lists of P each: weights, forward forms, backward forms, A's, B's and biases; then the scalings."""
+
+    @staticmethod
+    def forward(ctx, scalings, x, *flat):
+        P, rows = len(scalings), _rows(x)
+        weights, forward_forms, backward_forms, As, Bs, biases = (flat[i * P : i * P + P] for i in range(6))
+        *ys, h = torch.ops.federa.lora_linear_shared_fwd(rows, weights, forward_forms, As, Bs, biases, scalings)
+        needs = ctx.needs_input_grad[2:]
+        keep_x, keep_h = any(needs[:P]) or any(needs[3 * P : 4 * P]), any(needs[4 * P : 5 * P])
+        saved = (weights, backward_forms, As, Bs, biases)
+        ctx.save_for_backward(rows if keep_x else None, h if keep_h else None, *(t for one in saved for t in one))
+        ctx.scalings = scalings
+        return tuple(y.view(*x.shape[:-1], y.shape[-1]) for y in ys)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *dys):
+        P = len(dys)
+        x, h, *saved = ctx.saved_tensors
+        lists = [list(saved[i * P : i * P + P]) for i in range(5)]
+        own = ctx.needs_input_grad[2:]
+        places = [kind * P + p for p in range(P) for kind in (0, 3, 4, 5)]  # weight, lora_A, lora_B, bias of each
+        needs = [ctx.needs_input_grad[1], *(own[place] for place in places)]
+        rows = [_rows(dy) for dy in dys]
+        found = iter(torch.ops.federa.lora_linear_shared_bwd(rows, x, h, *lists, list(ctx.scalings), needs))
+        dx, *others = (next(found) if need else None for need in needs)
+        flat: list[Tensor | None] = [None] * (6 * P)
+        for place, grad in zip(places, others, strict=True):
+            flat[place] = grad
+        return None, None if dx is None else dx.view(*dys[0].shape[:-1], dx.shape[-1]), *flat
+
+
+def _check(op: str, x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None) -> None:
+    check_shape(op, "weight", weight, N=None, K=None)
     N, K = weight.shape
     if x.dim() == 0 or x.shape[-1] != K:
-        raise ValueError(failure("lora_linear", "x", f"have shape (..., K) with K={K}", tuple(x.shape)))
-    check_shape("lora_linear", "lora_A", lora_A, R=None, K=K)
-    check_shape("lora_linear", "lora_B", lora_B, N=N, R=lora_A.shape[0])
+        raise ValueError(failure(op, "x", f"have shape (..., K) with K={K}", tuple(x.shape)))
+    check_shape(op, "lora_A", lora_A, R=None, K=K)
+    check_shape(op, "lora_B", lora_B, N=N, R=lora_A.shape[0])
     if bias is not None:
-        check_shape("lora_linear", "bias", bias, N=N)
-    for argument, t in (("x", x), ("weight", weight), ("lora_A", lora_A), ("lora_B", lora_B), ("bias", bias)):
+        check_shape(op, "bias", bias, N=N)
+    _check_kinds(op, x=x, weight=weight, lora_A=lora_A, lora_B=lora_B, bias=bias)
+
+
+def _check_kinds(op: str, x: Tensor, **others: Tensor | None) -> None:
+    for argument, t in (("x", x), *others.items()):
         if t is not None:
-            check_float("lora_linear", argument, t)
-            check_device("lora_linear", argument, t, x.device)
+            check_float(op, argument, t)
+            check_device(op, argument, t, x.device)
+
+
+def _check_clients(
+    x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, segments: Segments, bias: Tensor | None
+) -> None:
+    op, C = "lora_linear_clients", len(segments)
+    check_shape(op, "weight", weight, N=None, K=None)
+    N, K = weight.shape
+    check_shape(op, "x", x, M=None, K=K)
+    check_shape(op, "lora_A", lora_A, C=C, R=None, K=K)
+    R = lora_A.shape[1]
+    check_shape(op, "lora_B", lora_B, C=C, N=N, R=R)
+    if bias is not None and bias.dim() == 2:
+        check_shape(op, "bias", bias, C=C, N=N)
+    elif bias is not None:
+        check_shape(op, "bias", bias, N=N)
+    _check_kinds(op, x=x, weight=weight, lora_A=lora_A, lora_B=lora_B, bias=bias)
+    check_device(op, "segments", segments.offsets, x.device)
+    if segments.max_rank is not None and segments.max_rank > R:
+        raise ValueError(failure(op, "segments", f"have ranks up to R={R}", segments.max_rank))
+    # A traced graph must not be bound to one batch's number of rows.
+    if not torch.compiler.is_compiling() and x.shape[0] != segments.rows:
+        raise ValueError(failure(op, "x", f"have the {segments.rows} rows of segments", x.shape[0]))
 
 
 def _compute_dtype(x: Tensor) -> torch.dtype:
@@ -96,8 +320,21 @@ def _compute_dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device)
 
 
+def _unfrozen(weight: "Tensor | FrozenWeight") -> tuple[Tensor, "FrozenWeight | None"]:
+    return (weight, None) if isinstance(weight, Tensor) else (weight.weight, weight)
+
+
+def _trains(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
 def lora_linear(
-    x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, bias: Tensor | None = None
+    x: Tensor,
+    weight: "Tensor | FrozenWeight",
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    bias: Tensor | None = None,
 ) -> Tensor:
     """A linear layer and its low-rank adapter in one call.
 
@@ -108,17 +345,88 @@ def lora_linear(
     it keeps x and h = x A^T, each only where a gradient asks for it.
 
     x       (..., K)  float32, bfloat16, float16 or float64, as all others
-    weight  (N, K)
-    lora_A  (R, K)
+    weight  (N, K)    a FrozenWeight brings its packed forms, which are faster on CPUs
+    lora_A  (R, K)    R may be 0: the frozen linear alone
     lora_B  (N, R)
     bias    (N,) or None
     y       (..., N)  in the dtype computed in
 
     Raises ValueError for shapes and devices, TypeError for dtypes. LoRA: Hu et al., arXiv 2106.09685.
     """
-    _check(x, weight, lora_A, lora_B, bias)
+    weight, frozen = _unfrozen(weight)
+    _check("lora_linear", x, weight, lora_A, lora_B, bias)
     x = x.to(_compute_dtype(x))
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, lora_A, lora_B, bias)):
-        return _LoraLinear.apply(x, weight, lora_A, lora_B, bias, scaling)
-    y, _ = torch.ops.federa.lora_linear_fwd(x.reshape(-1, x.shape[-1]), weight, lora_A, lora_B, bias, scaling)
+    trains = _trains(x, weight, lora_A, lora_B, bias)
+    forms = frozen.forms(x.dtype, trains and x.requires_grad) if frozen else (None, None)
+    if trains:
+        return _LoraLinear.apply(x, weight, *forms, lora_A, lora_B, bias, scaling)
+    y, _ = torch.ops.federa.lora_linear_fwd(_rows(x), weight, forms[0], lora_A, lora_B, bias, scaling)
     return y.view(*x.shape[:-1], y.shape[-1])
+
+
+def lora_linear_clients(
+    x: Tensor,
+    weight: "Tensor | FrozenWeight",
+    lora_A: Tensor,
+    lora_B: Tensor,
+    segments: Segments,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """`lora_linear` for the rows of many clients in one batch, over one frozen weight.
+
+        y[rows of c] = x W^T + s_c (x A_c^T) B_c^T + b        b shared, or b_c
+
+    x         (M, K)     all clients' rows, in the order of `segments`, without padding
+    weight    (N, K)
+    lora_A    (C, R, K)  clients of lower rank padded; what lies beyond segments.ranks[c] is never read into a result
+    lora_B    (C, N, R)  and its gradient is zero there
+    segments  rows, scaling and rank of each client, on the device of x
+    bias      (N,), (C, N) or None
+
+    A client without rows has zero gradients. Dtypes, accumulation and errors as in `lora_linear`; nothing synchronises
+    with the device.
+    """
+    weight, frozen = _unfrozen(weight)
+    _check_clients(x, weight, lora_A, lora_B, segments, bias)
+    x = x.to(_compute_dtype(x))
+    trains = _trains(x, weight, lora_A, lora_B, bias)
+    forms = frozen.forms(x.dtype, trains and x.requires_grad) if frozen else (None, None)
+    on_device = (segments.offsets, segments.scalings, segments.ranks)
+    if trains:
+        return _LoraLinearClients.apply(x, weight, *forms, lora_A, lora_B, bias, *on_device)
+    return torch.ops.federa.lora_linear_clients_fwd(x, weight, forms[0], lora_A, lora_B, bias, *on_device)[0]
+
+
+Projection = tuple["Tensor | FrozenWeight", Tensor, Tensor, float, Tensor | None]
+
+
+def lora_linear_shared(x: Tensor, projections: Sequence[Projection]) -> list[Tensor]:
+    """`lora_linear` for projections that read the same x: query, key and value, or gate and up.
+
+        y_p = x W_p^T + s_p (x A_p^T) B_p^T + b_p
+
+    All h_p = x A_p^T come from one pass over x, and one pass gives the gradients of all A_p in the backward.
+
+    x            (..., K)
+    projections  (weight (N_p,K), lora_A (R_p,K), lora_B (N_p,R_p), scaling, bias (N_p,) or None) of each
+    y_p          (..., N_p)
+
+    Dtypes, accumulation and errors as in `lora_linear`.
+    """
+    if not projections:
+        raise ValueError(failure("lora_linear_shared", "projections", "hold at least one", 0))
+    pairs = [_unfrozen(weight) for weight, *_ in projections]
+    _, As, Bs, scalings, biases = map(list, zip(*projections, strict=True))
+    for (weight, _), lora_A, lora_B, bias in zip(pairs, As, Bs, biases, strict=True):
+        _check("lora_linear_shared", x, weight, lora_A, lora_B, bias)
+    x = x.to(_compute_dtype(x))
+    weights = [weight for weight, _ in pairs]
+    trains = _trains(x, *weights, *As, *Bs, *biases)
+    forms = [f.forms(x.dtype, trains and x.requires_grad) if f else (None, None) for _, f in pairs]
+    forward_forms, backward_forms = map(list, zip(*forms, strict=True))
+    if trains:
+        flat = (*weights, *forward_forms, *backward_forms, *As, *Bs, *biases)
+        return list(_LoraLinearShared.apply(tuple(scalings), x, *flat))
+    lists = (weights, forward_forms, As, Bs, biases, scalings)
+    *ys, _ = torch.ops.federa.lora_linear_shared_fwd(_rows(x), *lists)
+    return [y.view(*x.shape[:-1], y.shape[-1]) for y in ys]

@@ -171,13 +171,14 @@ def test_opcheck(permuted, dtype):
     if permuted:
         x, dy = x.T.contiguous().T, dy.T.contiguous().T
         rest = [t.T.contiguous().T if t.dim() == 2 else t for t in rest]
+    rest = [rest[0], None, *rest[1:]]
     _, h = torch.ops.federa.lora_linear_fwd(x, *rest, SCALING)
     opcheck(torch.ops.federa.lora_linear_fwd.default, (x, *rest, SCALING))
-    opcheck(torch.ops.federa.lora_linear_fwd.default, (x, *rest[:3], None, SCALING))
+    opcheck(torch.ops.federa.lora_linear_fwd.default, (x, *rest[:4], None, SCALING))
     opcheck(torch.ops.federa.lora_linear_bwd.default, (dy, x, h, *rest, SCALING, [True] * 5))
     opcheck(
         torch.ops.federa.lora_linear_bwd.default,
-        (dy, None, h, *rest[:3], None, SCALING, [True, False, False, True, False]),
+        (dy, None, h, *rest[:4], None, SCALING, [True, False, False, True, False]),
     )
 
 
