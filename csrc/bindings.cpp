@@ -2,10 +2,13 @@
 
 #include <pybind11/pybind11.h>
 
+#include <cstdint>
 #include <string>
 #include <utility>
+#include <vector>
 
 #include "cpu/features.h"
+#include "cpu/lora_linear.h"
 #include "cuda/devices.h"
 
 namespace py = pybind11;
@@ -59,11 +62,93 @@ py::object cuda_devices() {
 #endif
 }
 
+// Addresses come as integers, 0 for none; one letter tells float32 ("f") from bfloat16 ("b").
+using Address = std::uintptr_t;
+using Index = std::int64_t;
+
+template <class T>
+T* pointer(const py::handle& address) {
+    return reinterpret_cast<T*>(address.cast<Address>());
+}
+
+federa::Kind kind_of(const py::handle& letter) {
+    return letter.cast<std::string>() == "f" ? federa::Kind::float32 : federa::Kind::bfloat16;
+}
+
+// (offsets, scalings, ranks) of `count` clients, or none: one client who has all rows and components.
+class ClientsOf {
+  public:
+    ClientsOf(const py::tuple& clients, Index count, Index rows)
+        : offsets_{0, static_cast<std::int32_t>(rows)}, clients_{1, offsets_, &one_, &all_} {
+        if (clients.empty()) return;
+        clients_ = {count, pointer<const std::int32_t>(clients[0]), pointer<const float>(clients[1]),
+                    pointer<const std::int32_t>(clients[2])};
+    }
+    const federa::Clients& get() const { return clients_; }
+
+  private:
+    std::int32_t offsets_[2], all_ = INT32_MAX;
+    float one_ = 1.0f;
+    federa::Clients clients_;
+};
+
+federa::Projection projection_of(const py::tuple& t) {
+    int i = 0;
+    const auto next = [&]() -> py::object { return t[i++]; };
+    const auto index = [&] { return next().cast<Index>(); };
+    federa::Projection p;
+    p.packed = pointer<const void>(next()), p.kind = kind_of(next());
+    p.columns = index(), p.rank = index(), p.scaling = next().cast<float>();
+    p.down = pointer<const float>(next()), p.up = pointer<const float>(next());
+    p.down_client = index(), p.down_rank = index(), p.down_depth = index();
+    p.up_client = index(), p.up_column = index(), p.up_rank = index();
+    p.bias = pointer<const float>(next()), p.bias_client = index();
+    p.out = pointer<void>(next()), p.h = pointer<void>(next()), p.h_stride = index();
+    return p;
+}
+
+void pack(Address source, const py::str& kind, Index columns, Index column_stride, Index depth, Index depth_stride,
+          Address packed, int threads) {
+    const federa::Kind of = kind_of(kind);
+    py::gil_scoped_release released;
+    federa::pack(reinterpret_cast<const void*>(source), of, columns, column_stride, depth, depth_stride,
+                 reinterpret_cast<void*>(packed), threads);
+}
+
+void low_rank_linear(Address x, const py::str& kind, Index rows, Index depth, Index x_stride, const py::list& list,
+                     const py::tuple& clients, Index count, bool accumulate, int threads) {
+    const ClientsOf of(clients, count, rows);
+    const federa::Kind x_kind = kind_of(kind);
+    std::vector<federa::Projection> projections;
+    for (const auto& each : list) projections.push_back(projection_of(each.cast<py::tuple>()));
+    py::gil_scoped_release released;
+    federa::low_rank_linear(reinterpret_cast<const void*>(x), x_kind, rows, depth, x_stride, projections, of.get(),
+                            accumulate, threads);
+}
+
+void low_rank_gradient(Address h, Index h_stride, Index rank, Address x, const py::str& kind, Index rows,
+                       Index columns, Index x_stride, const py::tuple& clients, Index count, float scaling,
+                       Address gradient, Index client_stride, Index rank_stride, Index column_stride, int threads) {
+    const ClientsOf of(clients, count, rows);
+    const federa::Kind x_kind = kind_of(kind);
+    py::gil_scoped_release released;
+    federa::low_rank_gradient(reinterpret_cast<const void*>(h), h_stride, rank, reinterpret_cast<const void*>(x),
+                              x_kind, columns, x_stride, of.get(), scaling, reinterpret_cast<float*>(gradient),
+                              client_stride, rank_stride, column_stride, threads);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, module) {
     module.doc() = "Compiled kernels of federa: raw pointers and sizes in, nothing of torch.";
     module.def("build_info", &build_info, "version, compiler, cpp_standard, cuda_version or cuda_missing, architectures");
     module.def("cpu_features", &cpu_features, "name -> whether this processor and operating system can run it");
+    module.def("tiles_available", &federa::tiles_available, "whether the tile units (AMX) can be used by this process");
+    module.def("packed_bytes", [](const py::str& kind, Index columns, Index depth) {
+        return federa::packed_bytes(kind_of(kind), columns, depth);
+    });
+    module.def("pack", &pack);
+    module.def("low_rank_linear", &low_rank_linear);
+    module.def("low_rank_gradient", &low_rank_gradient);
     module.def("cuda_devices", &cuda_devices, "[{name, capability, memory in bytes}], or the driver's error as text");
 }

@@ -48,13 +48,15 @@ def triton_kernels() -> ModuleType | None:
     return triton_kernels
 
 
-def path_of(rows: Tensor, packed: Sequence[Tensor | None], rank: int, needs_weight: bool = False) -> str:
+def path_of(rows: Tensor, packed: Sequence[Tensor | None], ranks: Sequence[int], needs_weight: bool = False) -> str:
     """Which implementation takes these rows (x or dy): "triton", "cpu" or "reference"."""
+    if needs_weight:
+        return "reference"
     if rows.device.type == "cuda":
         kernels = triton_kernels()
-        return "triton" if kernels and kernels.takes(rows, rank) and not needs_weight else "reference"
+        return "triton" if kernels and all(kernels.takes(rows, rank) for rank in ranks) else "reference"
     ready = rows.device.type == "cpu" and all(form is not None for form in packed)
-    return "cpu" if ready and not needs_weight and cpu.takes(rows.dtype, rank) else "reference"
+    return "cpu" if ready and cpu.takes(rows, ranks) else "reference"
 
 
 def _cast(dtype: torch.dtype, tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
@@ -67,7 +69,7 @@ def _grads(needed: Sequence[Tensor | None], owners: Sequence[Tensor | None]) -> 
 
 @torch.library.impl("federa::lora_linear_fwd", "default")
 def _fwd(x, weight, packed, lora_A, lora_B, bias, scaling):
-    path = path_of(x, [packed], lora_A.shape[0])
+    path = path_of(x, [packed], lora_A.shape[:1])
     if path == "cpu":
         return cpu.forward(x, weight, packed, lora_A, lora_B, bias, scaling)
     if path == "triton":
@@ -78,9 +80,9 @@ def _fwd(x, weight, packed, lora_A, lora_B, bias, scaling):
 
 @torch.library.impl("federa::lora_linear_bwd", "default")
 def _bwd(dy, x, h, weight, packed, lora_A, lora_B, bias, scaling, needs):
-    path = path_of(dy, [packed] if needs[0] else [], lora_A.shape[0], needs[1])
+    path = path_of(dy, [packed], lora_A.shape[:1], needs[1])
     if path == "cpu":
-        grads = cpu.backward(dy, x, h, weight, packed, lora_A, lora_B, scaling, needs)
+        grads = cpu.backward(dy, x, h, weight, packed, lora_A, lora_B, bias, scaling, needs)
     elif path == "triton":
         grads = triton_kernels().launch_lora_linear_bwd(dy, x, h, weight, lora_A, lora_B, scaling, needs)
     else:
@@ -91,7 +93,7 @@ def _bwd(dy, x, h, weight, packed, lora_A, lora_B, bias, scaling, needs):
 
 @torch.library.impl("federa::lora_linear_clients_fwd", "default")
 def _clients_fwd(x, weight, packed, lora_A, lora_B, bias, offsets, scalings, ranks):
-    path, segments = path_of(x, [packed], lora_A.shape[1]), (offsets, scalings, ranks)
+    path, segments = path_of(x, [packed], lora_A.shape[1:2]), (offsets, scalings, ranks)
     if path == "cpu":
         return cpu.clients_forward(x, weight, packed, lora_A, lora_B, bias, *segments)
     if path == "triton":
@@ -102,7 +104,7 @@ def _clients_fwd(x, weight, packed, lora_A, lora_B, bias, offsets, scalings, ran
 
 @torch.library.impl("federa::lora_linear_clients_bwd", "default")
 def _clients_bwd(dy, x, h, weight, packed, lora_A, lora_B, bias, offsets, scalings, ranks, needs):
-    path = path_of(dy, [packed] if needs[0] else [], lora_A.shape[1], needs[1])
+    path = path_of(dy, [packed], lora_A.shape[1:2], needs[1])
     segments = (offsets, scalings, ranks)
     if path == "cpu":
         grads = cpu.clients_backward(dy, x, h, weight, packed, lora_A, lora_B, bias, *segments, needs)
@@ -122,7 +124,7 @@ def _ranked(segments: tuple[Tensor, Tensor, Tensor], lora_A: Tensor) -> tuple[Te
 
 @torch.library.impl("federa::lora_linear_shared_fwd", "default")
 def _shared_fwd(x, weights, packed, lora_As, lora_Bs, biases, scalings):
-    path = path_of(x, packed, sum(A.shape[0] for A in lora_As))
+    path = path_of(x, packed, [A.shape[0] for A in lora_As])
     if path == "cpu":
         ys, h = cpu.shared_forward(x, weights, packed, lora_As, lora_Bs, biases, scalings)
     elif path == "triton":
@@ -137,9 +139,9 @@ def _shared_fwd(x, weights, packed, lora_As, lora_Bs, biases, scalings):
 @torch.library.impl("federa::lora_linear_shared_bwd", "default")
 def _shared_bwd(dys, x, h, weights, packed, lora_As, lora_Bs, biases, scalings, needs):
     need_weight = any(needs[1::4])
-    path = path_of(dys[0], packed if needs[0] else [], sum(A.shape[0] for A in lora_As), need_weight)
+    path = path_of(dys[0], packed, [A.shape[0] for A in lora_As], need_weight)
     if path == "cpu":
-        grads = cpu.shared_backward(dys, x, h, weights, packed, lora_As, lora_Bs, scalings, needs)
+        grads = cpu.shared_backward(dys, x, h, weights, packed, lora_As, lora_Bs, biases, scalings, needs)
     elif path == "triton":
         launch = triton_kernels().launch_lora_linear_shared_bwd
         grads = launch(dys, x, h, weights, lora_As, lora_Bs, scalings, needs)

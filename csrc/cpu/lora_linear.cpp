@@ -1,0 +1,711 @@
+#include "cpu/lora_linear.h"
+
+#include <algorithm>
+#include <cstring>
+#include <memory>
+#include <stdexcept>
+
+#include "cpu/parallel.h"
+
+#if defined(__x86_64__) && defined(__linux__) && (defined(__clang__) ? __clang_major__ >= 14 : __GNUC__ >= 11)
+#define FEDERA_TILES 1
+#include <immintrin.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include "cpu/features.h"
+#endif
+
+namespace federa {
+
+#ifndef FEDERA_TILES
+
+namespace {
+[[noreturn]] void absent() { throw std::runtime_error("no tile units here; tiles_available() says so"); }
+}  // namespace
+
+bool tiles_available() { return false; }
+std::size_t packed_bytes(Kind, std::int64_t, std::int64_t) { absent(); }
+void pack(const void*, Kind, std::int64_t, std::int64_t, std::int64_t, std::int64_t, void*, int) { absent(); }
+void low_rank_linear(const void*, Kind, std::int64_t, std::int64_t, std::int64_t, const std::vector<Projection>&,
+                     const Clients&, bool, int) { absent(); }
+void low_rank_gradient(const void*, std::int64_t, std::int64_t, const void*, Kind, std::int64_t, std::int64_t,
+                       const Clients&, float, float*, std::int64_t, std::int64_t, std::int64_t, int) { absent(); }
+
+#else
+
+namespace {
+
+using bf16 = std::uint16_t;
+using Index = std::int64_t;
+
+constexpr Index TILE = 512;  // bfloat16s in a tile: 16 rows of 32, or 16 pairs of rows of 16
+constexpr Index SIDE = 32;   // rows, columns and depth of one step: 2 x 2 tiles of sums, 32 deep
+
+// Which planes of x and of the weight make the six products, smallest sums first; the same for h beside up.
+constexpr int GROUPS = 6;
+constexpr int H_PLANE[GROUPS] = {2, 1, 0, 1, 0, 0}, UP_PLANE[GROUPS] = {0, 1, 2, 0, 1, 0};
+
+int planes_of(Kind kind) { return kind == Kind::float32 ? 3 : 1; }
+int groups_of(Kind kind) { return kind == Kind::float32 ? GROUPS : 1; }
+Index blocks(Index size, Index block) { return (size + block - 1) / block; }
+
+struct Source {  // of a tile of sums: rows `stride` bytes apart, or zero
+    const float* data;
+    long stride;
+};
+
+struct Extra {  // a low-rank product on top of a block: tiles of h and of up
+    const bf16 *h, *up;
+};
+
+// Everything from here to the pop is compiled for the tile units and calls nothing but itself.
+#ifdef __clang__
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,amx-tile,amx-bf16"))), \
+                             apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,amx-tile,amx-bf16")
+#endif
+
+// GCC's tile intrinsics do not tell that they read memory, so that a store before them must be made to happen.
+inline void stores_are_done() { __asm__ volatile("" ::: "memory"); }
+
+void configure_tiles() {
+    alignas(64) unsigned char config[64] = {1};  // palette 1
+    for (int tile = 0; tile < 8; ++tile) {
+        config[16 + 2 * tile] = 64;  // bytes a row
+        config[48 + tile] = 16;      // rows
+    }
+    __asm__ volatile("ldtilecfg %0" ::"m"(config));
+}
+
+void release_tiles() { _tile_release(); }
+
+inline __mmask16 first(Index count) { return count >= 16 ? 0xffff : count <= 0 ? 0 : (1u << count) - 1; }
+
+inline __m512i rounded(__m512 low, __m512 high) { return (__m512i)_mm512_cvtne2ps_pbh(high, low); }
+
+inline __m512 widened(__m256i half) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16)); }
+
+// 32 floats as three bfloat16s each, whose sum they are. An infinity leaves NaN.
+inline void split(__m512 low, __m512 high, __m512i planes[3]) {
+    for (int plane = 0; plane < 3; ++plane) {
+        planes[plane] = rounded(low, high);
+        low = _mm512_sub_ps(low, widened(_mm512_castsi512_si256(planes[plane])));
+        high = _mm512_sub_ps(high, widened(_mm512_extracti64x4_epi64(planes[plane], 1)));
+    }
+}
+
+inline __m512i interleaved(__m512i rows) {  // 16 of one row, 16 of the next -> 16 pairs
+    alignas(64) static constexpr std::uint16_t order[32] = {0,  16, 1,  17, 2,  18, 3,  19, 4,  20, 5,
+                                                            21, 6,  22, 7,  23, 8,  24, 9,  25, 10, 26,
+                                                            11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+    return _mm512_permutexvar_epi16(_mm512_load_si512(order), rows);
+}
+
+inline __m512 load_floats(const void* source, Kind kind, Index offset, __mmask16 mask) {
+    if (kind == Kind::float32) return _mm512_maskz_loadu_ps(mask, static_cast<const float*>(source) + offset);
+    return widened(_mm256_maskz_loadu_epi16(mask, static_cast<const bf16*>(source) + offset));
+}
+
+// 16 values `stride` apart.
+inline __m512 gather_floats(const void* source, Kind kind, Index offset, Index stride, Index count) {
+    if (stride == 1) return load_floats(source, kind, offset, first(count));
+    alignas(64) float values[16] = {};
+    for (Index i = 0; i < std::min<Index>(count, 16); ++i) {
+        if (kind == Kind::float32) {
+            values[i] = static_cast<const float*>(source)[offset + i * stride];
+        } else {
+            const std::uint32_t bits = std::uint32_t{static_cast<const bf16*>(source)[offset + i * stride]} << 16;
+            std::memcpy(values + i, &bits, 4);
+        }
+    }
+    return _mm512_load_ps(values);
+}
+
+// One step of 32 rows of x: [plane][half][16 rows][32 deep] tiles a step, rows beyond `rows` zero.
+void split_rows(const void* x, Kind kind, Index x_stride, Index rows, Index depth, bf16* out) {
+    const int planes = planes_of(kind);
+    const Index steps = blocks(depth, SIDE);
+    for (Index row = 0; row < SIDE; ++row) {
+        bf16* to = out + row / 16 * TILE + row % 16 * 32;
+        for (Index step = 0; step < steps; ++step, to += 2 * planes * TILE) {
+            const Index at = row * x_stride + step * SIDE, left = row < rows ? depth - step * SIDE : 0;
+            if (kind == Kind::bfloat16) {
+                const __mmask32 mask = left >= 32 ? ~0u : left <= 0 ? 0 : (1u << left) - 1;
+                _mm512_storeu_si512(to, _mm512_maskz_loadu_epi16(mask, static_cast<const bf16*>(x) + at));
+                continue;
+            }
+            __m512i parts[3];
+            split(load_floats(x, kind, at, first(left)), load_floats(x, kind, at + 16, first(left - 16)), parts);
+            for (int plane = 0; plane < 3; ++plane) _mm512_storeu_si512(to + plane * 2 * TILE, parts[plane]);
+        }
+    }
+}
+
+// One step of a panel: [plane][half][16 pairs of depth][16 columns][2].
+void pack_step(const void* source, Kind kind, Index columns, Index column_stride, Index depth, Index depth_stride,
+               bf16* out) {
+    const int planes = planes_of(kind);
+    alignas(64) float block[SIDE][SIDE];  // [depth][column]
+    for (Index i = 0; i < SIDE; ++i) {
+        for (Index half = 0; half < 2; ++half) {
+            if (depth_stride == 1 && column_stride != 1) {  // read along the depth, written across
+                const Index left = i < columns ? depth - half * 16 : 0;
+                alignas(64) float values[16];
+                _mm512_store_ps(values, load_floats(source, kind, i * column_stride + half * 16, first(left)));
+                for (Index j = 0; j < 16; ++j) block[half * 16 + j][i] = values[j];
+            } else {
+                const Index left = i < depth ? columns - half * 16 : 0;
+                const Index at = i * depth_stride + half * 16 * column_stride;
+                _mm512_store_ps(block[i] + half * 16, gather_floats(source, kind, at, column_stride, left));
+            }
+        }
+    }
+    for (Index half = 0; half < 2; ++half) {
+        for (Index pair = 0; pair < 16; ++pair) {
+            const __m512 even = _mm512_load_ps(block[2 * pair] + half * 16);
+            const __m512 odd = _mm512_load_ps(block[2 * pair + 1] + half * 16);
+            __m512i parts[3] = {rounded(even, odd)};
+            if (planes == 3) split(even, odd, parts);
+            for (int plane = 0; plane < planes; ++plane)
+                _mm512_storeu_si512(out + (plane * 2 + half) * TILE + pair * 32, interleaved(parts[plane]));
+        }
+    }
+}
+
+// The scaled up-projection of 32 columns, its components once for each group: tiles [half] a step of 32 components.
+void pack_up(const float* up, Index columns, Index column_stride, Index rank, Index rank_stride, float scaling,
+             Index padded_rank, int groups, bf16* out) {
+    const __m512 s = _mm512_set1_ps(scaling);
+    for (Index half = 0; half < 2; ++half) {
+        const float* own = up + half * 16 * column_stride;
+        const Index left = columns - half * 16, end = groups * padded_rank;
+        for (Index at = end; at < blocks(end, SIDE) * SIDE; at += 2)
+            _mm512_storeu_si512(out + (at / 32 * 2 + half) * TILE + at % 32 / 2 * 32, _mm512_setzero_si512());
+        for (Index r = 0; r < padded_rank; r += 2) {
+            const auto scaled = [&](Index r) {
+                if (r >= rank) return _mm512_setzero_ps();
+                return _mm512_mul_ps(s, gather_floats(own, Kind::float32, r * rank_stride, column_stride, left));
+            };
+            const __m512 even = scaled(r), odd = scaled(r + 1);
+            __m512i parts[3] = {rounded(even, odd)};
+            if (groups > 1) split(even, odd, parts);
+            for (int group = 0; group < groups; ++group) {
+                const Index at = group * padded_rank + r;
+                _mm512_storeu_si512(out + (at / 32 * 2 + half) * TILE + at % 32 / 2 * 32,
+                                    interleaved(parts[groups > 1 ? UP_PLANE[group] : 0]));
+            }
+        }
+    }
+}
+
+// Finished sums [block of 16][half][16 rows][16] -> h in memory for rows from..to, and tiles of its groups for all 32.
+void finish_h(const float* sums, Index from, Index to, Index rank, Kind kind, void* h, Index h_stride,
+              Index padded_rank, Index steps, bf16* tiles) {
+    const int groups = groups_of(kind);
+    alignas(64) bf16 line[GROUPS * 128 + 64];
+    for (Index row = 0; row < SIDE; ++row) {
+        bf16* tile = tiles + row / 16 * TILE + row % 16 * 32;
+        if (row < from || row >= to) {
+            for (Index step = 0; step < steps; ++step)
+                _mm512_storeu_si512(tile + step * 2 * TILE, _mm512_setzero_si512());
+            continue;
+        }
+        _mm512_storeu_si512(line + steps * 32 - 32, _mm512_setzero_si512());
+        for (Index r = 0; r < rank; r += 16) {
+            const __mmask16 mask = first(rank - r);
+            const __m512 value = _mm512_maskz_loadu_ps(mask, sums + (r * 2 + row / 16 * 16 + row % 16) * 16);
+            __m512i parts[3] = {rounded(value, _mm512_setzero_ps())};
+            if (kind == Kind::float32) {
+                split(value, _mm512_setzero_ps(), parts);
+                if (h) _mm512_mask_storeu_ps(static_cast<float*>(h) + row * h_stride + r, mask, value);
+            } else if (h) {
+                _mm256_mask_storeu_epi16(static_cast<bf16*>(h) + row * h_stride + r, mask,
+                                         _mm512_castsi512_si256(parts[0]));
+            }
+            const __mmask16 stored = first(padded_rank - r);
+            for (int group = 0; group < groups; ++group)
+                _mm256_mask_storeu_epi16(line + group * padded_rank + r, stored,
+                                         _mm512_castsi512_si256(parts[groups > 1 ? H_PLANE[group] : 0]));
+        }
+        for (Index step = 0; step < steps; ++step)
+            _mm512_storeu_si512(tile + step * 2 * TILE, _mm512_loadu_si512(line + step * 32));
+    }
+}
+
+// The tile intrinsics may be statements, so that these are, too.
+#define LOAD_X(PLANE) \
+    _tile_loadd(4, x + (PLANE) * 2 * TILE, 64); \
+    _tile_loadd(5, x + ((PLANE) * 2 + 1) * TILE, 64);
+#define LOAD_P(PLANE) \
+    _tile_loadd(6, p + (PLANE) * 2 * TILE, 64); \
+    _tile_loadd(7, p + ((PLANE) * 2 + 1) * TILE, 64);
+#define PRODUCT \
+    _tile_dpbf16ps(0, 4, 6); \
+    _tile_dpbf16ps(1, 4, 7); \
+    _tile_dpbf16ps(2, 5, 6); \
+    _tile_dpbf16ps(3, 5, 7);
+// The same for 16 columns: one chain for the sums of x's first plane with P's, one for the rest.
+#define NARROW(UPPER, LOWER, P_TILE) \
+    _tile_dpbf16ps(UPPER, 4, P_TILE); \
+    _tile_dpbf16ps(LOWER, 5, P_TILE);
+
+// Adds a 32 x 32 block of x P to the sums in tiles 0 to 3.
+template <int X_PLANES, int P_PLANES>
+inline void multiply(const bf16* x, const bf16* p, Index steps) {
+    for (Index step = 0; step < steps; ++step, x += X_PLANES * 2 * TILE, p += P_PLANES * 2 * TILE) {
+        if constexpr (X_PLANES == 3 && P_PLANES == 3) {
+            LOAD_X(0) LOAD_P(2) PRODUCT
+            LOAD_P(1) PRODUCT
+            LOAD_P(0) PRODUCT
+            LOAD_X(2) PRODUCT
+            LOAD_X(1) PRODUCT
+            LOAD_P(1) PRODUCT
+        } else if constexpr (X_PLANES == 3) {
+            LOAD_P(0) LOAD_X(2) PRODUCT
+            LOAD_X(1) PRODUCT
+            LOAD_X(0) PRODUCT
+        } else {
+            LOAD_X(0) LOAD_P(0) PRODUCT
+        }
+    }
+}
+
+// 32 x 32 sums: start, the main product, the low-rank ones, and back into four buffers or straight into `direct`.
+void block_product(int x_planes, int p_planes, const bf16* x, const bf16* p, Index steps, const Extra* extras,
+                   Index extra_count, Index extra_steps, const Source start[4], float* const stop[4], long stop_stride) {
+    stores_are_done();
+#define START(T) \
+    if (start[T].data) _tile_loadd(T, start[T].data, start[T].stride); \
+    else _tile_zero(T);
+    START(0) START(1) START(2) START(3)
+#undef START
+    if (x_planes == 1 && p_planes == 1) multiply<1, 1>(x, p, steps);
+    else if (x_planes == 1) multiply<1, 3>(x, p, steps);
+    else if (p_planes == 1) multiply<3, 1>(x, p, steps);
+    else multiply<3, 3>(x, p, steps);
+    for (Index i = 0; i < extra_count; ++i) multiply<1, 1>(extras[i].h, extras[i].up, extra_steps);
+#define STOP(T) \
+    if (stop[T]) _tile_stored(T, stop[T], stop_stride);
+    STOP(0) STOP(1) STOP(2) STOP(3)
+#undef STOP
+}
+
+// Adds 32 x 16 of x down^T to sums [half][16][16]; four chains, since two would wait for each other.
+void narrow_product(int planes, const bf16* x, const bf16* p, Index steps, float* sums) {
+    stores_are_done();
+    _tile_loadd(0, sums, 64);
+    _tile_loadd(2, sums + 256, 64);
+    if (planes == 1) {
+        for (Index step = 0; step < steps; ++step, x += 2 * TILE, p += 2 * TILE) {
+            _tile_loadd(6, p, 64);
+            LOAD_X(0) NARROW(0, 2, 6)
+        }
+        _tile_stored(0, sums, 64);
+        _tile_stored(2, sums + 256, 64);
+        return;
+    }
+    _tile_zero(1);
+    _tile_zero(3);
+    for (Index step = 0; step < steps; ++step, x += 6 * TILE, p += 6 * TILE) {
+        _tile_loadd(6, p, 64);
+        _tile_loadd(7, p + 2 * TILE, 64);
+        LOAD_X(2) NARROW(1, 3, 6)
+        LOAD_X(1) NARROW(0, 2, 6) NARROW(1, 3, 7)
+        LOAD_X(0) NARROW(0, 2, 6) NARROW(1, 3, 7)
+        _tile_loadd(7, p + 4 * TILE, 64);
+        NARROW(1, 3, 7)
+    }
+    alignas(64) float small[512];
+    _tile_stored(0, sums, 64);
+    _tile_stored(2, sums + 256, 64);
+    _tile_stored(1, small, 64);
+    _tile_stored(3, small + 256, 64);
+    for (Index i = 0; i < 512; i += 16)
+        _mm512_storeu_ps(sums + i, _mm512_add_ps(_mm512_loadu_ps(sums + i), _mm512_load_ps(small + i)));
+}
+
+// rows x columns at the corner of a tile in `buffer`, to or from memory.
+void write_corner(const float* buffer, Index rows, Index columns, Kind kind, void* out, Index stride) {
+    const __mmask16 mask = first(columns);
+    for (Index row = 0; row < rows; ++row) {
+        const __m512 value = _mm512_load_ps(buffer + row * 16);
+        if (kind == Kind::float32)
+            _mm512_mask_storeu_ps(static_cast<float*>(out) + row * stride, mask, value);
+        else
+            _mm256_mask_storeu_epi16(static_cast<bf16*>(out) + row * stride, mask, (__m256i)_mm512_cvtneps_pbh(value));
+    }
+}
+
+void read_corner(float* buffer, Index rows, Index columns, Kind kind, const void* out, Index stride) {
+    for (Index row = 0; row < 16; ++row)
+        _mm512_store_ps(buffer + row * 16, load_floats(out, kind, row * stride, row < rows ? first(columns) : 0));
+}
+
+// sums[column][16 components] += the rows' x[column] * h[16 components], W columns at a time.
+template <int W>
+void outer_products(const void* h, Kind h_kind, Index h_stride, __mmask16 components, const float* x, Index x_stride,
+                    Index rows, float* sums) {
+    __m512 own[W];
+#pragma GCC unroll 24
+    for (int j = 0; j < W; ++j) own[j] = _mm512_loadu_ps(sums + j * 16);
+    for (Index row = 0; row < rows; ++row) {
+        const __m512 factor = load_floats(h, h_kind, row * h_stride, components);
+        const float* line = x + row * x_stride;
+#pragma GCC unroll 24
+        for (int j = 0; j < W; ++j) own[j] = _mm512_fmadd_ps(_mm512_set1_ps(line[j]), factor, own[j]);
+    }
+#pragma GCC unroll 24
+    for (int j = 0; j < W; ++j) _mm512_storeu_ps(sums + j * 16, own[j]);
+}
+
+void widen_rows(const void* x, Index x_stride, Index rows, Index columns, float* out) {
+    for (Index row = 0; row < rows; ++row)
+        for (Index k = 0; k < columns; k += 16)
+            _mm512_storeu_ps(out + row * blocks(columns, 16) * 16 + k,
+                             load_floats(x, Kind::bfloat16, row * x_stride + k, first(columns - k)));
+}
+
+void sum_products(const void* h, Kind kind, Index h_stride, Index components, const float* x, Index x_stride,
+                  Index rows, Index columns, float* sums) {
+    const __mmask16 mask = first(components);
+    Index k = 0;
+    for (; k + 24 <= columns; k += 24) outer_products<24>(h, kind, h_stride, mask, x + k, x_stride, rows, sums + k * 16);
+    for (; k + 8 <= columns; k += 8) outer_products<8>(h, kind, h_stride, mask, x + k, x_stride, rows, sums + k * 16);
+    for (; k < columns; ++k) outer_products<1>(h, kind, h_stride, mask, x + k, x_stride, rows, sums + k * 16);
+}
+
+#ifdef __clang__
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+
+// Memory that grows and is kept by its thread.
+class Scratch {
+  public:
+    template <class T>
+    T* take(std::size_t count) {
+        if (const std::size_t bytes = count * sizeof(T); bytes > size_) {
+            data_.reset(static_cast<unsigned char*>(::operator new(bytes, std::align_val_t{64})));
+            size_ = bytes;
+        }
+        return reinterpret_cast<T*>(data_.get());
+    }
+
+  private:
+    struct Delete {
+        void operator()(unsigned char* data) const { ::operator delete(data, std::align_val_t{64}); }
+    };
+    std::unique_ptr<unsigned char, Delete> data_;
+    std::size_t size_ = 0;
+};
+
+const void* at(const void* base, Kind kind, Index offset) {
+    return static_cast<const unsigned char*>(base) + offset * (kind == Kind::float32 ? 4 : 2);
+}
+
+void* at(void* base, Kind kind, Index offset) {
+    return static_cast<unsigned char*>(base) + offset * (kind == Kind::float32 ? 4 : 2);
+}
+
+// One call of low_rank_linear: what all tasks share.
+struct Job {
+    const void* x;
+    Kind kind;
+    Index rows, depth, x_stride;
+    const std::vector<Projection>& projections;
+    const Clients& clients;
+    bool accumulate;
+    std::vector<const bf16*> downs, ups;  // by projection, of its first client
+    Index row_block, column_groups;
+
+    Index steps() const { return blocks(depth, SIDE); }
+    Index padded_rank(const Projection& p) const { return (p.rank + 1) / 2 * 2; }
+    Index up_steps(const Projection& p) const { return blocks(groups_of(kind) * padded_rank(p), SIDE); }
+    Index down_size(const Projection& p) const { return blocks(p.rank, SIDE) * steps() * planes_of(kind) * 2 * TILE; }
+    Index up_size(const Projection& p) const {
+        return p.packed ? blocks(p.columns, SIDE) * up_steps(p) * 2 * TILE : 0;
+    }
+};
+
+// 32 rows of a block and one client among them.
+struct Share {
+    Index client, from, to;
+};
+
+void pack_adapter(const Job& job, const Projection& p, Index client, bool is_up, bf16* out) {
+    const Index rank = std::min<Index>(p.rank, job.clients.ranks[client]);
+    if (!is_up) {
+        const float* down = p.down + client * p.down_client;
+        const Index step_size = planes_of(job.kind) * 2 * TILE;
+        for (Index r = 0; r < p.rank; r += SIDE)
+            for (Index k = 0; k < job.depth; k += SIDE, out += step_size) {
+                // A bfloat16 x meets a down-projection rounded to bfloat16: one plane, from floats.
+                if (job.kind == Kind::float32) {
+                    pack_step(down + r * p.down_rank + k * p.down_depth, Kind::float32, rank - r, p.down_rank,
+                              job.depth - k, p.down_depth, out);
+                } else {
+                    alignas(64) bf16 parts[3 * 2 * TILE];
+                    pack_step(down + r * p.down_rank + k * p.down_depth, Kind::float32, rank - r, p.down_rank,
+                              job.depth - k, p.down_depth, parts);
+                    std::memcpy(out, parts, 2 * TILE * sizeof(bf16));
+                }
+            }
+    } else {
+        const float* up = p.up + client * p.up_client;
+        for (Index n = 0; n < p.columns; n += SIDE, out += job.up_steps(p) * 2 * TILE)
+            pack_up(up + n * p.up_column, p.columns - n, p.up_column, rank, p.up_rank, p.scaling * job.clients.scalings[client],
+                    job.padded_rank(p), groups_of(job.kind), out);
+    }
+}
+
+class Task {
+  public:
+    Task(const Job& job, Index begin, Index end, Index group)
+        : job_(job), begin_(begin), end_(end), group_(group), strips_(blocks(end - begin, SIDE)) {
+        Index client = std::upper_bound(job.clients.offsets, job.clients.offsets + job.clients.count + 1, begin) -
+                       job.clients.offsets - 1;
+        for (Index strip = 0; strip < strips_; ++strip) {
+            first_share_.push_back(shares_.size());
+            const Index from = begin + strip * SIDE, to = std::min(from + SIDE, end);
+            while (job.clients.offsets[client + 1] <= from) ++client;
+            for (Index c = client; c < job.clients.count && job.clients.offsets[c] < to; ++c) {
+                const Index start = std::max<Index>(job.clients.offsets[c], from);
+                const Index stop = std::min<Index>(job.clients.offsets[c + 1], to);
+                if (start < stop) shares_.push_back({c, start - from, stop - from});
+            }
+        }
+        first_share_.push_back(shares_.size());
+    }
+
+    void run() {
+        const int planes = planes_of(job_.kind);
+        // A float32 result waits in memory between stretches of depth; a bfloat16 one would be rounded there.
+        const Index parts = job_.kind == Kind::float32 ? blocks(job_.depth, 768) : 1;
+        const Index stretch = blocks(blocks(job_.depth, parts), SIDE) * SIDE;
+        Index sums = 0, tiles = 0;
+        for (const Projection& p : job_.projections) {
+            sums = std::max(sums, blocks(p.rank, 16) * 512);
+            tiles = std::max(tiles, job_.up_steps(p) * 2 * TILE);
+        }
+        const Index shares = shares_.size(), count = job_.projections.size();
+        const Index strip = stretch / SIDE * planes * 2 * TILE;
+        thread_local Scratch planes_scratch, sums_scratch, tiles_scratch;
+        bf16* x = planes_scratch.take<bf16>(strips_ * strip);
+        float* h = sums_scratch.take<float>(count * shares * sums);
+        bf16* h_tiles = tiles_scratch.take<bf16>(shares * tiles);
+        for (Index k = 0; k < job_.depth; k += stretch) {
+            const Index depth = std::min(stretch, job_.depth - k), steps = blocks(depth, SIDE);
+            for (Index s = 0; s < strips_; ++s) {
+                const Index row = begin_ + s * SIDE;
+                split_rows(at(job_.x, job_.kind, row * job_.x_stride + k), job_.kind, job_.x_stride, end_ - row, depth,
+                           x + s * strip);
+            }
+            for (Index i = 0; i < count; ++i) {
+                const Projection& p = job_.projections[i];
+                if (p.rank) project_down(p, job_.downs[i], x, strip, k / SIDE, steps, k == 0, h + i * shares * sums, sums);
+                const bool last = k + stretch >= job_.depth;
+                if (p.rank && last) finish(p, h + i * shares * sums, sums, h_tiles, tiles);
+                if (p.packed) product(p, x, strip, k / SIDE, steps, k == 0, last ? h_tiles : nullptr, tiles, job_.ups[i]);
+            }
+        }
+    }
+
+  private:
+    void project_down(const Projection& p, const bf16* down, const bf16* x, Index strip, Index step, Index steps,
+                      bool begin, float* h, Index sums) {
+        const int planes = planes_of(job_.kind);
+        for (Index s = 0; s < strips_; ++s)
+            for (Index i = first_share_[s]; i < first_share_[s + 1]; ++i)
+                for (Index r = 0; r < p.rank; r += 16) {
+                    const bf16* panel = down + shares_[i].client * job_.down_size(p) +
+                                        (r / SIDE * job_.steps() + step) * planes * 2 * TILE + r % SIDE / 16 * TILE;
+                    if (begin) std::memset(h + i * sums + r * 32, 0, 512 * sizeof(float));
+                    narrow_product(planes, x + s * strip, panel, steps, h + i * sums + r * 32);
+                }
+    }
+
+    void finish(const Projection& p, const float* h, Index sums, bf16* h_tiles, Index tiles) {
+        for (Index s = 0; s < strips_; ++s)
+            for (Index i = first_share_[s]; i < first_share_[s + 1]; ++i) {
+                void* out = p.h && group_ == 0 ? at(p.h, job_.kind, (begin_ + s * SIDE) * p.h_stride) : nullptr;
+                finish_h(h + i * sums, shares_[i].from, shares_[i].to, p.rank, job_.kind, out, p.h_stride,
+                         job_.padded_rank(p), job_.up_steps(p), h_tiles + i * tiles);
+            }
+    }
+
+    void product(const Projection& p, const bf16* x, Index strip, Index step, Index steps, bool begin,
+                 const bf16* h_tiles, Index tiles, const bf16* up) {
+        const Index p_planes = planes_of(p.kind), panels = blocks(p.columns, SIDE);
+        const Index up_panel = job_.up_steps(p) * 2 * TILE;
+        alignas(64) float starts[4][256], stops[4][256];
+        std::vector<Extra> extras;
+        for (Index n = group_ * panels / job_.column_groups; n < (group_ + 1) * panels / job_.column_groups; ++n) {
+            const bf16* panel = static_cast<const bf16*>(p.packed) + (n * job_.steps() + step) * p_planes * 2 * TILE;
+            for (Index s = 0; s < strips_; ++s) {
+                extras.clear();
+                if (h_tiles && p.rank)
+                    for (Index i = first_share_[s]; i < first_share_[s + 1]; ++i)
+                        extras.push_back({h_tiles + i * tiles,
+                                          up + shares_[i].client * job_.up_size(p) + n * up_panel});
+                const Index row = begin_ + s * SIDE, column = n * SIDE;
+                Source start[4];
+                float* stop[4];
+                bool direct = job_.kind == Kind::float32 && row + SIDE <= end_ && column + SIDE <= p.columns;
+                for (int t = 0; t < 4; ++t) {
+                    const Index r = row + t / 2 * 16, c = column + t % 2 * 16;
+                    start[t] = begin_of(p, s, r, c, begin, direct, starts[t]);
+                    stop[t] = direct ? static_cast<float*>(p.out) + r * p.columns + c : stops[t];
+                    if (r >= end_ || c >= p.columns) stop[t] = nullptr;
+                }
+                block_product(planes_of(job_.kind), static_cast<int>(p_planes), x + s * strip, panel, steps,
+                              extras.data(), extras.size(), job_.up_steps(p), start, stop,
+                              direct ? p.columns * 4 : 64);
+                for (int t = 0; t < 4 && !direct; ++t) {
+                    const Index r = row + t / 2 * 16, c = column + t % 2 * 16;
+                    if (stop[t])
+                        write_corner(stops[t], std::min<Index>(16, end_ - r), p.columns - c, job_.kind,
+                                     at(p.out, job_.kind, r * p.columns + c), p.columns);
+                }
+            }
+        }
+    }
+
+    Source begin_of(const Projection& p, Index s, Index row, Index column, bool begin, bool direct, float* buffer) {
+        const Index columns = p.columns - column;
+        if (row >= end_ || columns <= 0) return {nullptr, 0};
+        if (!begin || job_.accumulate) {
+            const void* out = at(p.out, job_.kind, row * p.columns + column);
+            if (direct) return {static_cast<const float*>(out), static_cast<long>(p.columns * 4)};
+            read_corner(buffer, std::min<Index>(16, end_ - row), columns, job_.kind, out, p.columns);
+            return {buffer, 64};
+        }
+        if (!p.bias) return {nullptr, 0};
+        const std::size_t width = std::min<Index>(16, columns) * 4;
+        if (!p.bias_client) {
+            if (columns >= 16) return {p.bias + column, 0};
+            std::memcpy(buffer, p.bias + column, width);
+            std::memset(buffer + columns, 0, 64 - width);
+            return {buffer, 0};
+        }
+        for (Index i = first_share_[s]; i < first_share_[s + 1]; ++i)
+            for (Index r = shares_[i].from; r < shares_[i].to; ++r) {
+                const Index line = begin_ + s * SIDE + r - row;
+                if (line < 0 || line >= 16) continue;
+                std::memcpy(buffer + line * 16, p.bias + shares_[i].client * p.bias_client + column, width);
+            }
+        return {buffer, 64};
+    }
+
+    const Job& job_;
+    Index begin_, end_, group_, strips_;
+    std::vector<Share> shares_;
+    std::vector<Index> first_share_;
+};
+
+}  // namespace
+
+bool tiles_available() {
+    static const bool available = [] {
+        for (const auto& [name, there] : cpu_features())
+            for (const char* needed : {"amx_tile", "amx_bf16", "avx512_bf16", "avx512f", "avx512bw", "avx512vl"})
+                if (!std::strcmp(name, needed) && !there) return false;
+        constexpr long request = 0x1023, tile_data = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+        return syscall(SYS_arch_prctl, request, tile_data) == 0;
+    }();
+    return available;
+}
+
+std::size_t packed_bytes(Kind kind, Index columns, Index depth) {
+    return sizeof(bf16) * blocks(columns, SIDE) * blocks(depth, SIDE) * planes_of(kind) * 2 * TILE;
+}
+
+void pack(const void* source, Kind kind, Index columns, Index column_stride, Index depth, Index depth_stride,
+          void* packed, int threads) {
+    const Index steps = blocks(depth, SIDE), step_size = planes_of(kind) * 2 * TILE;
+    parallel_for(blocks(columns, SIDE), threads, [&](long panel) {
+        const Index n = panel * SIDE;
+        for (Index step = 0; step < steps; ++step)
+            pack_step(at(source, kind, n * column_stride + step * SIDE * depth_stride), kind, columns - n,
+                      column_stride, depth - step * SIDE, depth_stride,
+                      static_cast<bf16*>(packed) + (panel * steps + step) * step_size);
+    });
+}
+
+void low_rank_linear(const void* x, Kind kind, Index rows, Index depth, Index x_stride,
+                     const std::vector<Projection>& projections, const Clients& clients, bool accumulate,
+                     int threads) {
+    Job job{x, kind, rows, depth, x_stride, projections, clients, accumulate, {}, {}, 0, 0};
+    std::size_t size = 0;
+    for (const Projection& p : projections) size += clients.count * (job.down_size(p) + job.up_size(p));
+    thread_local Scratch adapters;
+    bf16* next = adapters.take<bf16>(size);
+    for (const Projection& p : projections) {
+        job.downs.push_back(next), next += clients.count * job.down_size(p);
+        job.ups.push_back(next), next += clients.count * job.up_size(p);
+    }
+    parallel_for(2 * clients.count * projections.size(), threads, [&](long task) {
+        const Index i = task / 2 / clients.count, client = task / 2 % clients.count, is_up = task % 2;
+        const Projection& p = projections[i];
+        if (!p.rank || (is_up && !p.packed) || clients.offsets[client] == clients.offsets[client + 1]) return;
+        const bf16* base = is_up ? job.ups[i] : job.downs[i];
+        pack_adapter(job, p, client, is_up, const_cast<bf16*>(base) + client * (is_up ? job.up_size(p) : job.down_size(p)));
+    });
+    // Rows a task splits at once fill about half of a 2 MiB second-level cache.
+    const Index deep = kind == Kind::float32 ? std::min<Index>(depth, 768) : depth;
+    const Index budget = std::max<Index>(SIDE, (1 << 20) / (2 * planes_of(kind) * std::max<Index>(deep, 1)) / SIDE * SIDE);
+    const Index count = blocks(blocks(rows, std::min<Index>(budget, 512)), threads) * threads;
+    job.row_block = std::max<Index>(SIDE, blocks(blocks(rows, count), SIDE) * SIDE);
+    const Index row_blocks = blocks(rows, job.row_block);
+    job.column_groups = row_blocks >= threads ? 1 : blocks(threads, row_blocks);
+    parallel_for(row_blocks * job.column_groups, threads, [&](long task) {
+        const Index begin = task / job.column_groups * job.row_block;
+        configure_tiles();
+        Task(job, begin, std::min(begin + job.row_block, rows), task % job.column_groups).run();
+        release_tiles();
+    });
+}
+
+void low_rank_gradient(const void* h, Index h_stride, Index rank, const void* x, Kind kind, Index columns,
+                       Index x_stride, const Clients& clients, float scaling, float* gradient, Index client_stride,
+                       Index rank_stride, Index column_stride, int threads) {
+    constexpr Index ROWS = 128;
+    const Index groups = std::min(blocks(columns, 24), clients.count >= 4 * threads ? 1 : blocks(threads, clients.count));
+    const Index slab = blocks(blocks(columns, groups), 24) * 24;
+    parallel_for(clients.count * groups, threads, [&](long task) {
+        const Index client = task / groups, from = task % groups * slab, width = std::min(slab, columns - from);
+        if (width <= 0) return;
+        const Index own_rank = std::min<Index>(rank, clients.ranks[client]), rank_blocks = blocks(own_rank, 16);
+        thread_local Scratch sums_scratch, wide_scratch;
+        float* sums = sums_scratch.take<float>(rank_blocks * width * 16);
+        std::memset(sums, 0, rank_blocks * width * 16 * sizeof(float));
+        const Index end = clients.offsets[client + 1];
+        for (Index row = clients.offsets[client]; row < end; row += ROWS) {
+            const Index rows = std::min(ROWS, end - row);
+            const float* lines = static_cast<const float*>(x) + row * x_stride + from;
+            Index stride = x_stride;
+            if (kind == Kind::bfloat16) {
+                stride = blocks(width, 16) * 16;
+                float* wide = wide_scratch.take<float>(ROWS * stride);
+                widen_rows(at(x, kind, row * x_stride + from), x_stride, rows, width, wide);
+                lines = wide;
+            }
+            for (Index block = 0; block < rank_blocks; ++block)
+                sum_products(at(h, kind, row * h_stride + block * 16), kind, h_stride, own_rank - block * 16, lines,
+                             stride, rows, width, sums + block * width * 16);
+        }
+        float* own = gradient + client * client_stride + from * column_stride;
+        const float s = scaling * clients.scalings[client];
+        for (Index r = 0; r < rank; ++r)
+            for (Index k = 0; k < width; ++k)
+                own[r * rank_stride + k * column_stride] =
+                    r < own_rank ? s * sums[(r / 16 * width + k) * 16 + r % 16] : 0.0f;
+    });
+}
+
+#endif  // FEDERA_TILES
+
+}  // namespace federa

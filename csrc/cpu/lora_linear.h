@@ -1,0 +1,67 @@
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <vector>
+
+namespace federa {
+
+// What the tile units of this processor (AMX) make of a linear layer and its low-rank adapters:
+//
+//     h = x down^T        out = x P + s h up^T + bias
+//
+// forward:  x, P = W^T, down = A, up = B          backward:  x := dy, P = W, down = B^T, up = A^T, out = dx, h = dy B
+//
+// A float32 is the sum of three bfloat16s up to a last bit, and the tile units multiply bfloat16 16 times as fast as
+// AVX-512 multiplies float32: six of the nine products (the other three lie below float32's rounding), accumulated in
+// float32 in chains of 16, are as exact as float32 and take 6/16 of the time. A bfloat16 weight takes three products
+// with a float32 x, one with a bfloat16 x.
+
+// Whether this processor and operating system can, and permission is granted. First called, it asks the system.
+bool tiles_available();
+
+enum class Kind { float32 = 0, bfloat16 = 1 };
+
+// Panels of a matrix P with `depth` rows and `columns` columns, P[d][c] = source[d * depth_stride + c * column_stride]:
+// for each 32 columns, for each 32 rows of depth, one plane of bfloat16 (Kind::bfloat16) or three (float32) of two
+// tiles of 16 columns, zero where P ends.
+std::size_t packed_bytes(Kind kind, std::int64_t columns, std::int64_t depth);
+void pack(const void* source, Kind kind, std::int64_t columns, std::int64_t column_stride, std::int64_t depth,
+          std::int64_t depth_stride, void* packed, int threads);
+
+// Rows offsets[c] to offsets[c + 1] belong to client c, who has scalings[c] and the first ranks[c] components.
+struct Clients {
+    std::int64_t count;
+    const std::int32_t* offsets;
+    const float* scalings;
+    const std::int32_t* ranks;
+};
+
+struct Projection {
+    const void* packed;  // of P; null: only h is wanted
+    Kind kind;
+    std::int64_t columns;
+    std::int64_t rank;  // 0: no adapter
+    float scaling;      // times that of the client
+    const float *down, *up;  // down[c][r][k], up[c][n][r]
+    std::int64_t down_client, down_rank, down_depth;  // strides
+    std::int64_t up_client, up_column, up_rank;
+    const float* bias;  // or null
+    std::int64_t bias_client;  // stride, 0 where all share one
+    void* out;  // rows of `columns`, kind of x
+    void* h;  // or null; rows of `h_stride`, kind of x
+    std::int64_t h_stride;
+};
+
+// x (rows, depth) with row stride `x_stride`; `accumulate` adds to out instead of starting at the bias. A row's results
+// do not depend on the other rows nor on the number of threads.
+void low_rank_linear(const void* x, Kind kind, std::int64_t rows, std::int64_t depth, std::int64_t x_stride,
+                     const std::vector<Projection>& projections, const Clients& clients, bool accumulate, int threads);
+
+// gradient[c][r][k] = s s_c sum over the rows m of client c of h[m][r] x[m][k], zero from ranks[c] on; float32, with
+// strides for client, r and k. The order of summation depends on nothing but the rows.
+void low_rank_gradient(const void* h, std::int64_t h_stride, std::int64_t rank, const void* x, Kind kind,
+                       std::int64_t columns, std::int64_t x_stride, const Clients& clients, float scaling,
+                       float* gradient, std::int64_t client_stride, std::int64_t rank_stride, std::int64_t column_stride, int threads);
+
+}  // namespace federa

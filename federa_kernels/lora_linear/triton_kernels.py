@@ -1,0 +1,617 @@
+"""The GPU path in Triton, for Ampere and newer: one adapter, many clients, projections that share x.
+
+    forward   _down_kernel   h = x A^T, in parts over K
+              _gemm_kernel   y = x W^T + s h B^T + b, the low-rank product in the accumulator of the main one
+    backward  _dy_kernel     one pass over dy: dh = s dy B in parts over N, dB = s dy^T h in parts over M
+              _gemm_kernel   dx = dy W + dh A
+              _dA_kernel     dA = dh^T x in parts over M
+              _sum_kernel    dA and dB from their parts
+
+Products accumulate in float32. Parts are summed in order and nothing depends on which program ends first, so results
+repeat bit for bit. Where a tile holds rows of several clients masks part them: no row is padded, and no number of
+launches depends on C. Sizes as in `reference`; ranks round up to a power of two >= 16, the least that tl.dot takes.
+"""
+
+import functools
+from collections.abc import Sequence
+from itertools import accumulate
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .reference import rank_columns
+from .tiles import Tile, Tiles, pick_tiles
+
+MAX_RANK = 128
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# Triton 3.10 no longer fuses multiply and add unless asked.
+OPTIONS = {"enable_fp_fusion": True}
+
+
+@triton.jit
+def _client_of(row, offsets, C):
+    """The client who has this row: the first one whose rows end after it."""
+    low = 0
+    high = C - 1
+    while low < high:
+        middle = (low + high) // 2
+        after = tl.load(offsets + middle + 1) > row
+        high = tl.where(after, middle, high)
+        low = tl.where(after, low, middle + 1)
+    return low
+
+
+@triton.jit
+def _clients_of(start, stop, offsets, C):
+    """First and last client with rows in [start, stop); without offsets there is one, who has them all."""
+    if offsets is None:
+        return 0, 0
+    else:
+        return _client_of(start, offsets, C), _client_of(stop - 1, offsets, C)
+
+
+@triton.jit
+def _rows_of(c, start, stop, offsets):
+    """The rows of client c within [start, stop)."""
+    if offsets is None:
+        return start, stop
+    else:
+        return tl.maximum(start, tl.load(offsets + c)), tl.minimum(stop, tl.load(offsets + c + 1))
+
+
+@triton.jit
+def _rank_of(c, ranks, R: tl.constexpr):
+    if ranks is None:
+        return R
+    else:
+        return tl.minimum(tl.load(ranks + c), R)
+
+
+@triton.jit
+def _sum_parts(parts, S, M, m, r, mask, stride):
+    """Rows m and columns r of the sum over s of parts[s] (M,stride), float32."""
+    parts += m[:, None] * stride + r[None, :]
+    total = tl.load(parts, mask=mask, other=0.0)
+    for _ in range(1, S):
+        parts += M.to(tl.int64) * stride
+        total += tl.load(parts, mask=mask, other=0.0)
+    return total
+
+
+@triton.jit(do_not_specialize=["M", "C", "depth"])
+def _down_kernel(
+    x, lora_A, parts, offsets, ranks, M, K, C, depth, stride_x, stride_c, stride_r, stride_k,
+    R: tl.constexpr, RP: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, EVEN: tl.constexpr,
+):  # fmt: skip
+    """parts[s] (M,R) = x A^T over the columns [s depth, s depth + depth) of x (M,K) and A (R,K) or (C,R,K).
+
+    Zero at and beyond a client's rank. EVEN: K and depth are multiples of BK.
+    """
+    start = tl.program_id(0) * BM
+    stop = tl.minimum(start + BM, M)
+    left = tl.program_id(1) * depth
+    right = tl.minimum(left + depth, K)
+    m = start + tl.arange(0, BM)
+    m64 = m.to(tl.int64)
+    k = left + tl.arange(0, BK)
+    r = tl.arange(0, RP)
+    first, last = _clients_of(start, stop, offsets, C)
+    for c in range(first, last + 1):
+        begin, end = _rows_of(c, start, stop, offsets)
+        rank = _rank_of(c, ranks, R)
+        mine = (m >= begin) & (m < end)
+        known = r < rank
+        x_at = x + m64[:, None] * stride_x + k[None, :]
+        A_at = lora_A + r[None, :].to(tl.int64) * stride_r + k[:, None] * stride_k
+        if offsets is not None:
+            A_at += tl.cast(c, tl.int64) * stride_c
+        h = tl.zeros((BM, RP), tl.float32)
+        for at in range(left, right, BK):
+            if EVEN:
+                x_tile = tl.load(x_at, mask=mine[:, None], other=0.0)
+                A_tile = tl.load(A_at, mask=known[None, :], other=0.0)
+            else:
+                inside = at + tl.arange(0, BK) < right
+                x_tile = tl.load(x_at, mask=mine[:, None] & inside[None, :], other=0.0)
+                A_tile = tl.load(A_at, mask=known[None, :] & inside[:, None], other=0.0)
+            h = tl.dot(x_tile, A_tile.to(x_tile.dtype), h, input_precision="ieee")
+            x_at += BK
+            A_at += BK * stride_k
+        h_at = parts + (tl.program_id(1) * M.to(tl.int64) + m64)[:, None] * R + r[None, :]
+        tl.store(h_at, h, mask=mine[:, None] & (r < R)[None, :])
+
+
+@triton.jit
+def _tile_of(M, N, BM: tl.constexpr, BN: tl.constexpr, GROUP: tl.constexpr):
+    """This program's tile of (M,N), in bands of GROUP row tiles, so that neighbours share rows and columns in L2."""
+    program = tl.program_id(0)
+    tiles_m, tiles_n = tl.cdiv(M, BM), tl.cdiv(N, BN)
+    band = program // (GROUP * tiles_n)
+    height = tl.minimum(tiles_m - band * GROUP, GROUP)
+    within = program % (GROUP * tiles_n)
+    return band * GROUP + within % height, within // height
+
+
+@triton.jit
+def _factor(factor, scaling, c, r, n, rank, in_n, stride_c, stride_r, stride_n, dtype: tl.constexpr):
+    """s B^T (RP,BN) of client c in the dtype of the product, scaled in float32 and rounded once."""
+    at = factor + c * stride_c + r.to(tl.int64)[:, None] * stride_r + n[None, :] * stride_n
+    tile = tl.load(at, mask=(r < rank)[:, None] & in_n[None, :], other=0.0)
+    return (tile.to(tl.float32) * scaling).to(dtype)
+
+
+@triton.jit(do_not_specialize=["M", "C"])
+def _gemm_kernel(
+    out, low, rows, weights, downs, factors, bias, offsets, scalings, ranks, scale, M, N, C,
+    D, S, stride_rows, stride_wd, stride_wn, stride_down, stride_fc, stride_fr, stride_fn, stride_low, stride_bias,
+    P: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, ON_THE_FLY: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, EVEN: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """out (M,N) = sum over p < P of rows[p] weights[p] + s low[p] factors[p], + bias; tuples have one entry each p.
+
+    rows[p] (M,D[p]), weights[p] (D[p],N), factors[p] (R[p],N) or (C,R,N), bias (N,) or (C,N) or None.
+    downs[p] (S[p],M,stride_down[p]) holds low[p] in parts; with ON_THE_FLY it is the factor (R,D) that makes low from rows.
+    low (M, sum of R), or None: where the first column of programs leaves low[p] for later, side by side.
+    """
+    dtype: tl.constexpr = out.dtype.element_ty
+    tile_m, tile_n = _tile_of(M, N, BM, BN, GROUP)
+    start = tile_m * BM
+    stop = tl.minimum(start + BM, M)
+    m = start + tl.arange(0, BM)
+    n = tile_n * BN + tl.arange(0, BN)
+    in_m, in_n = m < M, n < N
+    m, n = m.to(tl.int64), n.to(tl.int64)
+    r = tl.arange(0, RP)
+    acc = tl.zeros((BM, BN), tl.float32)
+    columns = 0
+    for p in tl.static_range(P):
+        d = tl.arange(0, BK)
+        rows_at = rows[p] + m[:, None] * stride_rows[p] + d[None, :]
+        weight_at = weights[p] + d[:, None] * stride_wd[p] + n[None, :] * stride_wn[p]
+        if offsets is None:
+            # Asked for before the long loop and used after it: the loop hides the wait.
+            factor = _factor(factors[p], scale[p], 0, r, n, R[p], in_n, 0, stride_fr[p], stride_fn[p], dtype)
+            if ON_THE_FLY:
+                down_at = downs[p] + r.to(tl.int64)[None, :] * D[p] + d[:, None]
+                wide = tl.zeros((BM, RP), tl.float32)
+            else:
+                known = in_m[:, None] & (r < R[p])[None, :]
+                h = _sum_parts(downs[p], S[p], M, m, r, known, stride_down[p]).to(dtype)
+        for at in range(0, D[p], BK):
+            if EVEN:
+                rows_tile = tl.load(rows_at, mask=in_m[:, None], other=0.0)
+                weight_tile = tl.load(weight_at, mask=in_n[None, :], other=0.0)
+            else:
+                inside = at + d < D[p]
+                rows_tile = tl.load(rows_at, mask=in_m[:, None] & inside[None, :], other=0.0)
+                weight_tile = tl.load(weight_at, mask=in_n[None, :] & inside[:, None], other=0.0)
+            acc = tl.dot(rows_tile, weight_tile.to(dtype), acc, input_precision="ieee")
+            if ON_THE_FLY:
+                down_tile = tl.load(down_at, mask=(r < R[p])[None, :] & (at + d < D[p])[:, None], other=0.0)
+                wide = tl.dot(rows_tile, down_tile.to(dtype), wide, input_precision="ieee")
+                down_at += BK
+            rows_at += BK
+            weight_at += BK * stride_wd[p]
+        if offsets is None:
+            if ON_THE_FLY:
+                h = wide.to(dtype)
+            acc = tl.dot(h, factor, acc, input_precision="ieee")
+            if low is not None and tile_n == 0:
+                low_at = low + m[:, None] * stride_low + columns + r[None, :]
+                tl.store(low_at, h, mask=in_m[:, None] & (r < R[p])[None, :])
+        else:
+            first, last = _clients_of(start, stop, offsets, C)
+            for c in range(first, last + 1):
+                begin, end = _rows_of(c, start, stop, offsets)
+                rank = _rank_of(c, ranks, R[p])
+                mine = (m >= begin) & (m < end)
+                s = tl.load(scalings + c) if scalings is not None else 1.0
+                c = tl.cast(c, tl.int64)
+                factor = _factor(factors[p], s, c, r, n, rank, in_n, stride_fc[p], stride_fr[p], stride_fn[p], dtype)
+                known = mine[:, None] & (r < rank)[None, :]
+                h = _sum_parts(downs[p], S[p], M, m, r, known, stride_down[p]).to(dtype)
+                acc = tl.dot(h, factor, acc, input_precision="ieee")
+                if low is not None and tile_n == 0:
+                    low_at = low + m[:, None] * stride_low + r[None, :]
+                    tl.store(low_at, h, mask=mine[:, None] & (r < R[p])[None, :])
+                if bias is not None and stride_bias != 0:
+                    own = tl.load(bias + c * stride_bias + n, mask=in_n, other=0.0).to(tl.float32)
+                    acc += tl.where(mine[:, None], own[None, :], 0.0)
+        columns += R[p]
+    if bias is not None and stride_bias == 0:
+        acc += tl.load(bias + n, mask=in_n, other=0.0).to(tl.float32)[None, :]
+    tl.store(out + m[:, None] * N + n[None, :], acc.to(dtype), mask=in_m[:, None] & in_n[None, :])
+
+
+@triton.jit(do_not_specialize=["M", "C", "chunk"])
+def _dy_kernel(
+    dy, h, lora_B, dh_parts, dB_pieces, db_pieces, offsets, scalings, ranks, scale, M, N, C, chunk,
+    stride_dy, stride_h, stride_c, stride_n, stride_r, stride_piece,
+    R: tl.constexpr, RP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """Over BN columns and `chunk` rows of dy (M,N): dh = s dy B, dB = s dy^T h and db = the sum of rows, in parts.
+
+    dh_parts (N / BN, M, R), dB_pieces (pieces, N, R) and db_pieces (pieces, N) float32; None is not computed.
+    Chunk t of client c is piece t + c. Down the rows either one grows, so no two share a piece, and chunks + C - 1
+    pieces are enough however the rows are cut.
+    """
+    start = tl.program_id(1) * chunk
+    stop = tl.minimum(start + chunk, M)
+    n = tl.program_id(0) * BN + tl.arange(0, BN)
+    r = tl.arange(0, RP)
+    in_n = n < N
+    n = n.to(tl.int64)
+    first, last = _clients_of(start, stop, offsets, C)
+    for c in range(first, last + 1):
+        begin, end = _rows_of(c, start, stop, offsets)
+        known = r < _rank_of(c, ranks, R)
+        s = scale if scalings is None else tl.load(scalings + c)
+        piece = (tl.program_id(1) + c).to(tl.int64) * stride_piece
+        if dh_parts is not None:
+            B_at = lora_B + n[:, None] * stride_n + r[None, :] * stride_r
+            if offsets is not None:
+                B_at += tl.cast(c, tl.int64) * stride_c
+            B_tile = tl.load(B_at, mask=in_n[:, None] & known[None, :], other=0.0).to(dy.dtype.element_ty)
+        dB = tl.zeros((BN, RP), tl.float32)
+        db = tl.zeros((BN,), tl.float32)
+        for row in range(begin, end, BM):
+            m = row + tl.arange(0, BM)
+            in_m = m < end
+            m = m.to(tl.int64)
+            dy_tile = tl.load(dy + m[:, None] * stride_dy + n[None, :], mask=in_m[:, None] & in_n[None, :], other=0.0)
+            if dB_pieces is not None:
+                h_at = h + m[:, None] * stride_h + r[None, :]
+                h_tile = tl.load(h_at, mask=in_m[:, None] & known[None, :], other=0.0)
+                dB = tl.dot(tl.trans(dy_tile), h_tile, dB, input_precision="ieee")
+            if db_pieces is not None:
+                db += tl.sum(dy_tile.to(tl.float32), 0)
+            if dh_parts is not None:
+                dh = tl.dot(dy_tile, B_tile, input_precision="ieee") * s
+                dh_at = dh_parts + (tl.program_id(0) * M.to(tl.int64) + m)[:, None] * R + r[None, :]
+                tl.store(dh_at, dh, mask=in_m[:, None] & (r < R)[None, :])
+        if dB_pieces is not None:
+            dB_at = dB_pieces + piece + n[:, None] * R + r[None, :]
+            tl.store(dB_at, dB * s, mask=in_n[:, None] & (r < R)[None, :])
+        if db_pieces is not None:
+            tl.store(db_pieces + piece + n, db, mask=in_n)
+
+
+@triton.jit(do_not_specialize=["M", "C", "chunk"])
+def _dA_kernel(
+    x, dh, dA_pieces, offsets, M, K, C, chunk, stride_x, stride_piece,
+    R: tl.constexpr, RP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """Over BN columns and `chunk` rows of x (M,K): dA = dh^T x, as piece t + c of dA_pieces (pieces, R, K).
+
+    dh (M,R) is zero beyond a client's rank, and so is dA.
+    """
+    start = tl.program_id(1) * chunk
+    stop = tl.minimum(start + chunk, M)
+    k = tl.program_id(0) * BN + tl.arange(0, BN)
+    r = tl.arange(0, RP)
+    in_k, in_r = k < K, r < R
+    first, last = _clients_of(start, stop, offsets, C)
+    for c in range(first, last + 1):
+        begin, end = _rows_of(c, start, stop, offsets)
+        dA = tl.zeros((RP, BN), tl.float32)
+        for row in range(begin, end, BM):
+            m = row + tl.arange(0, BM)
+            in_m = m < end
+            m = m.to(tl.int64)
+            x_tile = tl.load(x + m[:, None] * stride_x + k[None, :], mask=in_m[:, None] & in_k[None, :], other=0.0)
+            dh_tile = tl.load(dh + m[None, :] * R + r[:, None], mask=in_m[None, :] & in_r[:, None], other=0.0)
+            dA = tl.dot(dh_tile, x_tile, dA, input_precision="ieee")
+        piece = (tl.program_id(1) + c).to(tl.int64) * stride_piece
+        tl.store(dA_pieces + piece + r[:, None] * K + k[None, :], dA, mask=in_r[:, None] & in_k[None, :])
+
+
+@triton.jit(do_not_specialize=["M", "C", "chunk"])
+def _sum_kernel(pieces, sums, offsets, M, C, chunk, size_A, size_B, size_b, BLOCK: tl.constexpr):
+    """Each client's sum over its chunks t of piece t + c, zero for one without rows.
+
+    pieces  (chunks + C - 1, size_A + size_B + size_b) float32
+    sums    (C, size_A), (C, size_B) and (C, size_b) one after another, float32
+    """
+    c = tl.program_id(0)
+    begin, end = _rows_of(c, 0, M, offsets)
+    size = size_A + size_B + size_b
+    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for t in range(begin // chunk, tl.cdiv(end, chunk) * (end > begin)):
+        total += tl.load(pieces + (t + c).to(tl.int64) * size + at, mask=at < size, other=0.0)
+    c = tl.cast(c, tl.int64)
+    to = c * size_A + at
+    to = tl.where(at >= size_A, C * size_A + c * size_B + at - size_A, to)
+    to = tl.where(at >= size_A + size_B, C * (size_A + size_B) + c * size_b + at - size_A - size_B, to)
+    tl.store(sums + to, total, mask=at < size)
+
+
+Segmented = tuple[Tensor | None, Tensor | None, Tensor | None]  # offsets, scalings, ranks of the clients
+ONE: Segmented = (None, None, None)
+
+
+class _Term(NamedTuple):
+    """rows (M,D) weight (D,N) + s (rows down^T) factor: down the parts (S,M,columns) of rows down^T, or what makes it."""
+
+    rows: Tensor
+    weight: Tensor
+    down: Tensor
+    factor: Tensor
+    scaling: float
+
+
+@functools.cache
+def _arch(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 0
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+def takes(rows: Tensor, rank: int) -> bool:
+    """Whether these kernels run on this device, in this dtype and rank."""
+    return rows.dtype in DTYPES and 1 <= rank <= MAX_RANK and _arch(rows.device) >= 80
+
+
+def _contiguous_rows(t: Tensor | None) -> Tensor | None:
+    return t if t is None or t.stride(1) == 1 else t.contiguous()
+
+
+def _padded(R: int) -> int:
+    return max(16, triton.next_power_of_2(R))
+
+
+def _clients(offsets: Tensor | None) -> int:
+    return 1 if offsets is None else offsets.shape[0] - 1
+
+
+def _launch(kernel: Any, grid: tuple[int, ...], tile: Tile, *arguments: Any, **constants: Any) -> None:
+    with torch.cuda.device_of(arguments[0]):
+        kernel[grid](*arguments, **constants, num_warps=tile.warps, num_stages=tile.stages, **OPTIONS)
+
+
+def _down(x: Tensor, lora_A: Tensor, segments: Segmented, tiles: Tiles) -> Tensor:
+    """h = x A^T in parts (splits, M, R) float32."""
+    (M, K), R, tile = x.shape, lora_A.shape[-2], tiles.down
+    depth = triton.cdiv(triton.cdiv(K, tiles.splits), tile.BK) * tile.BK
+    splits = triton.cdiv(K, depth)
+    parts = x.new_empty((splits, M, R), dtype=torch.float32)
+    offsets, _, ranks = segments
+    strides = (0, *lora_A.stride())[-3:]
+    sizes = (M, K, _clients(offsets), depth, x.stride(0), *strides)
+    constants = {"R": R, "RP": _padded(R), "BM": tile.BM, "BK": tile.BK, "EVEN": K % tile.BK == 0}
+    grid = (triton.cdiv(M, tile.BM), splits)
+    _launch(_down_kernel, grid, tile, x, lora_A, parts, offsets, ranks, *sizes, **constants)
+    return parts
+
+
+def _gemm(
+    out: Tensor,
+    terms: Sequence[_Term],
+    tile: Tile,
+    low: Tensor | None = None,
+    bias: Tensor | None = None,
+    segments: Segmented = ONE,
+    on_the_fly: bool = False,
+) -> None:
+    (M, N), C = out.shape, _clients(segments[0])
+    rows, weights, downs, factors, scalings = zip(*terms, strict=True)
+    R = tuple(factor.shape[-2] for factor in factors)
+    D = tuple(t.shape[1] for t in rows)
+    strides = [(0, *factor.stride())[-3:] for factor in factors]
+    arguments = (
+        *(out, low, rows, weights, downs, factors, bias, *segments, scalings, M, N, C, D),
+        tuple(down.shape[0] for down in downs),
+        tuple(t.stride(0) for t in rows),
+        *zip(*(weight.stride() for weight in weights), strict=True),
+        tuple(down.stride(-2) for down in downs),
+        *zip(*strides, strict=True),
+        0 if low is None else low.stride(0),
+        N if bias is not None and bias.dim() == 2 else 0,
+    )
+    constants = {
+        **{"P": len(terms), "R": R, "RP": _padded(max(R)), "ON_THE_FLY": on_the_fly, "GROUP": 8},
+        **{"BM": tile.BM, "BN": tile.BN, "BK": tile.BK, "EVEN": all(d % tile.BK == 0 for d in D)},
+    }
+    _launch(_gemm_kernel, (triton.cdiv(M, tile.BM) * triton.cdiv(N, tile.BN),), tile, *arguments, **constants)
+
+
+def launch_lora_linear_fwd(
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    bias: Tensor | None,
+    scaling: float,
+    tiles: Tiles | None = None,
+) -> tuple[Tensor, Tensor]:
+    """y (M,N) and h = x A^T (M,R), both in the dtype of x; the other tensors may have another."""
+    return _forward(x, weight, lora_A, lora_B, bias, scaling, ONE, tiles)
+
+
+def launch_lora_linear_clients_fwd(
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    bias: Tensor | None,
+    offsets: Tensor,
+    scalings: Tensor,
+    ranks: Tensor,
+    tiles: Tiles | None = None,
+) -> tuple[Tensor, Tensor]:
+    """y (M,N) and h (M,R), each row with its client's factors; h is zero beyond the client's rank."""
+    return _forward(x, weight, lora_A, lora_B, bias, 1.0, (offsets, scalings, ranks), tiles)
+
+
+def _forward(x, weight, lora_A, lora_B, bias, scaling, segments, tiles):
+    (M, K), N, R = x.shape, weight.shape[0], lora_A.shape[-2]
+    tiles = tiles or pick_tiles(M, N, K, R, x.dtype, _arch(x.device))
+    x, y, h = _contiguous_rows(x), x.new_empty((M, N)), x.new_empty((M, R))
+    on_the_fly = tiles.on_the_fly and segments is ONE
+    down = lora_A.contiguous() if on_the_fly else _down(x, lora_A, segments, tiles)
+    term = _Term(x, weight.t(), down, lora_B.transpose(-1, -2), scaling)
+    bias = bias if bias is None else bias.contiguous()
+    _gemm(y, [term], tiles.gemm, low=h, bias=bias, segments=segments, on_the_fly=on_the_fly)
+    return y, h
+
+
+def launch_lora_linear_shared_fwd(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    lora_As: Sequence[Tensor],
+    lora_Bs: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    scalings: Sequence[float],
+    tiles: Tiles | None = None,
+) -> tuple[list[Tensor], Tensor]:
+    """y (M,N_p) of every projection and the h of all side by side (M, sum of R_p), from one pass over x."""
+    (M, K), lora_A = x.shape, torch.cat(list(lora_As))
+    h, ys = x.new_empty((M, lora_A.shape[0])), [x.new_empty((M, weight.shape[0])) for weight in weights]
+    x, arch = _contiguous_rows(x), _arch(x.device)
+    chosen = [tiles or pick_tiles(M, W.shape[0], K, lora_A.shape[0], x.dtype, arch) for W in weights]
+    parts = _down(x, lora_A, ONE, chosen[0])
+    for p, columns in enumerate(rank_columns(lora_As)):
+        term = _Term(x, weights[p].t(), parts[:, :, columns], lora_Bs[p].t(), scalings[p])
+        bias = biases[p] if biases[p] is None else biases[p].contiguous()
+        _gemm(ys[p], [term], chosen[p].gemm, low=h[:, columns], bias=bias)
+    return ys, h
+
+
+def launch_lora_linear_bwd(
+    dy: Tensor,
+    x: Tensor | None,
+    h: Tensor | None,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    needs: Sequence[bool],
+    tiles: Tiles | None = None,
+) -> list[Tensor | None]:
+    """Gradients of (x, weight, lora_A, lora_B, bias), None where not needed; that of weight is never."""
+    return _backward([dy], x, h, [weight], [lora_A], [lora_B], [scaling], ONE, None, needs, tiles)
+
+
+def launch_lora_linear_clients_bwd(
+    dy: Tensor,
+    x: Tensor | None,
+    h: Tensor | None,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    bias: Tensor | None,
+    offsets: Tensor,
+    scalings: Tensor,
+    ranks: Tensor,
+    needs: Sequence[bool],
+    tiles: Tiles | None = None,
+) -> list[Tensor | None]:
+    """The same for clients, whose factors get zero beyond their ranks and everywhere without rows."""
+    segments = (offsets, scalings, ranks)
+    return _backward([dy], x, h, [weight], [lora_A], [lora_B], [1.0], segments, bias, needs, tiles)
+
+
+def launch_lora_linear_shared_bwd(
+    dys: Sequence[Tensor],
+    x: Tensor | None,
+    h: Tensor | None,
+    weights: Sequence[Tensor],
+    lora_As: Sequence[Tensor],
+    lora_Bs: Sequence[Tensor],
+    scalings: Sequence[float],
+    needs: Sequence[bool],
+    tiles: Tiles | None = None,
+) -> list[Tensor | None]:
+    """Gradients of x, written once, then of (weight, lora_A, lora_B, bias) of each projection in turn."""
+    return _backward(dys, x, h, weights, lora_As, lora_Bs, scalings, ONE, None, needs, tiles)
+
+
+def _backward(dys, x, h, weights, lora_As, lora_Bs, scalings, segments, bias, needs, tiles):
+    dys, x, h = [_contiguous_rows(dy) for dy in dys], _contiguous_rows(x), _contiguous_rows(h)
+    (M, K), C, first = (dys[0].shape[0], weights[0].shape[1]), _clients(segments[0]), dys[0]
+    N, R = [weight.shape[0] for weight in weights], [lora_A.shape[-2] for lora_A in lora_As]
+    need_x, need_A, need_B, need_b = needs[0], any(needs[2::4]), needs[3::4], needs[4::4]
+    tiles = tiles or pick_tiles(M, K, sum(N), sum(R), first.dtype, _arch(first.device))
+    sizes = [need_A * sum(R) * K, *(need * n * r for need, n, r in zip(need_B, N, R, strict=True))]
+    sizes += [need * n for need, n in zip(need_b, N, strict=True)]
+    count = max(1, triton.cdiv(M, tiles.chunk)) + C - 1
+    pieces = first.new_empty((count, sum(sizes)), dtype=torch.float32)
+    dA_pieces, *others = pieces.split(sizes, dim=1)
+    dh = first.new_empty((M, sum(R))) if need_A else None
+    columns = [slice(end - r, end) for end, r in zip(accumulate(R), R, strict=True)]
+    terms = []
+    for p, dy in enumerate(dys):
+        own = (others[p] if need_B[p] else None, others[len(dys) + p] if need_b[p] else None)
+        h_p = h[:, columns[p]] if need_B[p] else None
+        dh_parts = _over_dy(dy, h_p, lora_Bs[p], need_x or need_A, own, scalings[p], segments, tiles)
+        terms.append(_Term(dy, weights[p], dh_parts, lora_As[p], 1.0))
+    dx = first.new_empty((M, K)) if need_x else None
+    if need_x:
+        _gemm(dx, terms, tiles.gemm, low=dh, segments=(segments[0], None, segments[2]))
+    elif need_A:
+        torch.cat([term.down.sum(0) for term in terms], dim=1, out=dh)
+    if need_A:
+        _over_x(x, dh, dA_pieces, segments[0], tiles)
+    dA, *others = _sum(pieces, sizes, segments[0], M, tiles).split([C * size for size in sizes])
+    grads = [dx]
+    for p, (A, B) in enumerate(zip(lora_As, lora_Bs, strict=True)):
+        dA_p = dA.view(C, sum(R), K)[:, columns[p]].view(A.shape) if needs[2 + 4 * p] else None
+        dB_p = others[p].view(B.shape) if need_B[p] else None
+        db_p = others[len(dys) + p].view(C, N[p]) if need_b[p] else None
+        if need_b[p] and (bias is None or bias.dim() == 1):
+            db_p = db_p.sum(0)
+        grads += [None, dA_p, dB_p, db_p]
+    return grads
+
+
+def _over_dy(dy, h, lora_B, need_dh, own, scaling, segments, tiles):
+    """One pass over dy: fills `own`, the pieces of dB and db or None, and returns dh in parts (slabs, M, R) or None."""
+    (M, N), R, tile = dy.shape, lora_B.shape[-1], tiles.grad
+    slabs, chunks = triton.cdiv(N, tile.BN), max(1, triton.cdiv(M, tiles.chunk))
+    dh_parts = dy.new_empty((slabs, M, R), dtype=torch.float32) if need_dh else None
+    pieces = [t for t in own if t is not None]
+    if not need_dh and not pieces:
+        return None
+    strides = (dy.stride(0), 0 if h is None else h.stride(0), *(0, *lora_B.stride())[-3:])
+    sizes = (scaling, M, N, _clients(segments[0]), tiles.chunk, *strides, pieces[0].stride(0) if pieces else 0)
+    constants = {"R": R, "RP": _padded(R), "BM": tile.BM, "BN": tile.BN}
+    _launch(_dy_kernel, (slabs, chunks), tile, dy, h, lora_B, dh_parts, *own, *segments, *sizes, **constants)
+    return dh_parts
+
+
+def _over_x(x, dh, dA_pieces, offsets, tiles):
+    """One pass over x: the pieces of dA."""
+    (M, K), R, tile = x.shape, dh.shape[1], tiles.grad
+    grid = (triton.cdiv(K, tile.BN), max(1, triton.cdiv(M, tiles.chunk)))
+    sizes = (M, K, _clients(offsets), tiles.chunk, x.stride(0), dA_pieces.stride(0))
+    constants = {"R": R, "RP": _padded(R), "BM": tile.BM, "BN": tile.BN}
+    _launch(_dA_kernel, grid, tile, x, dh, dA_pieces, offsets, *sizes, **constants)
+
+
+def _sum(pieces, sizes, offsets, M, tiles):
+    """(C size) of each size in turn: every client's gradients, from their pieces."""
+    C, (count, size), tile = _clients(offsets), pieces.shape, Tile(1, 1024, 0, 4, 1)
+    if offsets is None and count == 1 or size == 0:
+        return pieces.view(-1)
+    sums = pieces.new_empty(C * size)
+    kinds = (sizes[0], size - sizes[0], 0)
+    if offsets is not None:  # one projection: its dB, then its db
+        kinds = tuple(sizes)
+    _launch(
+        _sum_kernel,
+        (C, triton.cdiv(size, tile.BN)),
+        tile,
+        pieces,
+        sums,
+        offsets,
+        M,
+        C,
+        tiles.chunk,
+        *kinds,
+        BLOCK=tile.BN,
+    )
+    return sums
