@@ -84,20 +84,35 @@ void release_tiles() { _tile_release(); }
 
 inline __mmask16 first(Index count) { return count >= 16 ? 0xffff : count <= 0 ? 0 : (1u << count) - 1; }
 
-inline __m512i rounded(__m512 low, __m512 high) { return (__m512i)_mm512_cvtne2ps_pbh(high, low); }
-
 inline __m512 widened(__m256i half) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16)); }
 
-// 32 floats as three bfloat16s each, whose sum they are. An infinity leaves NaN.
-inline void split(__m512 low, __m512 high, __m512i planes[3]) {
-    for (int plane = 0; plane < 3; ++plane) {
-        planes[plane] = rounded(low, high);
-        low = _mm512_sub_ps(low, widened(_mm512_castsi512_si256(planes[plane])));
-        high = _mm512_sub_ps(high, widened(_mm512_extracti64x4_epi64(planes[plane], 1)));
-    }
+// A float rounded to bfloat16, in its place; halves go away from zero, and what is left over is exact.
+inline __m512 round_to_bf16(__m512 value) {
+    const __m512i bits = _mm512_add_epi32(_mm512_castps_si512(value), _mm512_set1_epi32(0x8000));
+    return _mm512_castsi512_ps(_mm512_and_si512(bits, _mm512_set1_epi32(0xffff0000)));
 }
 
-inline __m512i interleaved(__m512i rows) {  // 16 of one row, 16 of the next -> 16 pairs
+// The upper halves of 16 floats and of 16 others, by turns: (first[0], second[0]), (first[1], second[1]), ...
+inline __m512i paired(__m512 first, __m512 second) {
+    const __m512i below = _mm512_srli_epi32(_mm512_castps_si512(first), 16);
+    return _mm512_ternarylogic_epi32(below, _mm512_castps_si512(second), _mm512_set1_epi32(0xffff0000), 0xf8);
+}
+
+// Pairs of floats as three bfloat16s each, whose sum they are. An infinity leaves NaN.
+inline void split(__m512 first, __m512 second, __m512i planes[3]) {
+    for (int plane = 0; plane < 2; ++plane) {
+        const __m512 one = round_to_bf16(first), other = round_to_bf16(second);
+        planes[plane] = paired(one, other);
+        first = _mm512_sub_ps(first, one), second = _mm512_sub_ps(second, other);
+    }
+    planes[2] = paired(first, second);  // of 24 bits 8 are left, or one plane would not do
+}
+
+inline __m256i upper_halves(__m512 values) {
+    return _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_castps_si512(values), 16));
+}
+
+inline __m512i interleaved(__m512i rows) {  // 32 in a row -> pairs (0, 16), (1, 17), ...
     alignas(64) static constexpr std::uint16_t order[32] = {0,  16, 1,  17, 2,  18, 3,  19, 4,  20, 5,
                                                             21, 6,  22, 7,  23, 8,  24, 9,  25, 10, 26,
                                                             11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
@@ -124,7 +139,7 @@ inline __m512 gather_floats(const void* source, Kind kind, Index offset, Index s
     return _mm512_load_ps(values);
 }
 
-// One step of 32 rows of x: [plane][half][16 rows][32 deep] tiles a step, rows beyond `rows` zero.
+// One step of 32 rows of x: [plane][half][16 rows][16 pairs (k, k + 16) of depth] tiles a step, rows beyond `rows` zero.
 void split_rows(const void* x, Kind kind, Index x_stride, Index rows, Index depth, bf16* out) {
     const int planes = planes_of(kind);
     const Index steps = blocks(depth, SIDE);
@@ -134,7 +149,7 @@ void split_rows(const void* x, Kind kind, Index x_stride, Index rows, Index dept
             const Index at = row * x_stride + step * SIDE, left = row < rows ? depth - step * SIDE : 0;
             if (kind == Kind::bfloat16) {
                 const __mmask32 mask = left >= 32 ? ~0u : left <= 0 ? 0 : (1u << left) - 1;
-                _mm512_storeu_si512(to, _mm512_maskz_loadu_epi16(mask, static_cast<const bf16*>(x) + at));
+                _mm512_storeu_si512(to, interleaved(_mm512_maskz_loadu_epi16(mask, static_cast<const bf16*>(x) + at)));
                 continue;
             }
             __m512i parts[3];
@@ -144,7 +159,7 @@ void split_rows(const void* x, Kind kind, Index x_stride, Index rows, Index dept
     }
 }
 
-// One step of a panel: [plane][half][16 pairs of depth][16 columns][2].
+// One step of a panel: [plane][half][16 pairs (d, d + 16) of depth][16 columns][2].
 void pack_step(const void* source, Kind kind, Index columns, Index column_stride, Index depth, Index depth_stride,
                bf16* out) {
     const int planes = planes_of(kind);
@@ -165,12 +180,12 @@ void pack_step(const void* source, Kind kind, Index columns, Index column_stride
     }
     for (Index half = 0; half < 2; ++half) {
         for (Index pair = 0; pair < 16; ++pair) {
-            const __m512 even = _mm512_load_ps(block[2 * pair] + half * 16);
-            const __m512 odd = _mm512_load_ps(block[2 * pair + 1] + half * 16);
-            __m512i parts[3] = {rounded(even, odd)};
-            if (planes == 3) split(even, odd, parts);
+            const __m512 first = _mm512_load_ps(block[pair] + half * 16);
+            const __m512 second = _mm512_load_ps(block[pair + 16] + half * 16);
+            __m512i parts[3] = {paired(first, second)};  // of bfloat16s
+            if (planes == 3) split(first, second, parts);
             for (int plane = 0; plane < planes; ++plane)
-                _mm512_storeu_si512(out + (plane * 2 + half) * TILE + pair * 32, interleaved(parts[plane]));
+                _mm512_storeu_si512(out + (plane * 2 + half) * TILE + pair * 32, parts[plane]);
         }
     }
 }
@@ -190,12 +205,12 @@ void pack_up(const float* up, Index columns, Index column_stride, Index rank, In
                 return _mm512_mul_ps(s, gather_floats(own, Kind::float32, r * rank_stride, column_stride, left));
             };
             const __m512 even = scaled(r), odd = scaled(r + 1);
-            __m512i parts[3] = {rounded(even, odd)};
+            __m512i parts[3] = {paired(round_to_bf16(even), round_to_bf16(odd))};
             if (groups > 1) split(even, odd, parts);
             for (int group = 0; group < groups; ++group) {
                 const Index at = group * padded_rank + r;
                 _mm512_storeu_si512(out + (at / 32 * 2 + half) * TILE + at % 32 / 2 * 32,
-                                    interleaved(parts[groups > 1 ? UP_PLANE[group] : 0]));
+                                    parts[groups > 1 ? UP_PLANE[group] : 0]);
             }
         }
     }
@@ -217,18 +232,19 @@ void finish_h(const float* sums, Index from, Index to, Index rank, Kind kind, vo
         for (Index r = 0; r < rank; r += 16) {
             const __mmask16 mask = first(rank - r);
             const __m512 value = _mm512_maskz_loadu_ps(mask, sums + (r * 2 + row / 16 * 16 + row % 16) * 16);
-            __m512i parts[3] = {rounded(value, _mm512_setzero_ps())};
+            __m256i parts[3] = {(__m256i)_mm512_cvtneps_pbh(value)};
             if (kind == Kind::float32) {
-                split(value, _mm512_setzero_ps(), parts);
+                const __m512 second = _mm512_sub_ps(value, round_to_bf16(value));
+                parts[0] = upper_halves(round_to_bf16(value)), parts[1] = upper_halves(round_to_bf16(second));
+                parts[2] = upper_halves(_mm512_sub_ps(second, round_to_bf16(second)));
                 if (h) _mm512_mask_storeu_ps(static_cast<float*>(h) + row * h_stride + r, mask, value);
             } else if (h) {
-                _mm256_mask_storeu_epi16(static_cast<bf16*>(h) + row * h_stride + r, mask,
-                                         _mm512_castsi512_si256(parts[0]));
+                _mm256_mask_storeu_epi16(static_cast<bf16*>(h) + row * h_stride + r, mask, parts[0]);
             }
             const __mmask16 stored = first(padded_rank - r);
             for (int group = 0; group < groups; ++group)
                 _mm256_mask_storeu_epi16(line + group * padded_rank + r, stored,
-                                         _mm512_castsi512_si256(parts[groups > 1 ? H_PLANE[group] : 0]));
+                                         parts[groups > 1 ? H_PLANE[group] : 0]);
         }
         for (Index step = 0; step < steps; ++step)
             _mm512_storeu_si512(tile + step * 2 * TILE, _mm512_loadu_si512(line + step * 32));
@@ -344,37 +360,84 @@ void read_corner(float* buffer, Index rows, Index columns, Kind kind, const void
         _mm512_store_ps(buffer + row * 16, load_floats(out, kind, row * stride, row < rows ? first(columns) : 0));
 }
 
-// sums[column][16 components] += the rows' x[column] * h[16 components], W columns at a time.
-template <int W>
-void outer_products(const void* h, Kind h_kind, Index h_stride, __mmask16 components, const float* x, Index x_stride,
-                    Index rows, float* sums) {
-    __m512 own[W];
-#pragma GCC unroll 24
-    for (int j = 0; j < W; ++j) own[j] = _mm512_loadu_ps(sums + j * 16);
-    for (Index row = 0; row < rows; ++row) {
-        const __m512 factor = load_floats(h, h_kind, row * h_stride, components);
-        const float* line = x + row * x_stride;
-#pragma GCC unroll 24
-        for (int j = 0; j < W; ++j) own[j] = _mm512_fmadd_ps(_mm512_set1_ps(line[j]), factor, own[j]);
+// 16 components of 32 rows of h, as tiles of their transpose: [plane][16 components][16 pairs (m, m + 16) of rows].
+void transpose_h(const void* h, Kind kind, Index h_stride, Index rows, Index components, bf16* out) {
+    const int planes = planes_of(kind);
+    for (Index r = 0; r < 16; ++r) {
+        const Index left = r < components ? rows : 0;
+        const __m512 first_half = gather_floats(h, kind, r, h_stride, left);
+        const __m512 second_half = gather_floats(h, kind, r + 16 * h_stride, h_stride, left - 16);
+        __m512i parts[3] = {paired(first_half, second_half)};
+        if (planes == 3) split(first_half, second_half, parts);
+        for (int plane = 0; plane < planes; ++plane) _mm512_storeu_si512(out + plane * TILE + r * 32, parts[plane]);
     }
-#pragma GCC unroll 24
-    for (int j = 0; j < W; ++j) _mm512_storeu_ps(sums + j * 16, own[j]);
 }
 
-void widen_rows(const void* x, Index x_stride, Index rows, Index columns, float* out) {
-    for (Index row = 0; row < rows; ++row)
-        for (Index k = 0; k < columns; k += 16)
-            _mm512_storeu_ps(out + row * blocks(columns, 16) * 16 + k,
-                             load_floats(x, Kind::bfloat16, row * x_stride + k, first(columns - k)));
+// 32 rows and 32 columns of x, paired along the rows: [plane][half][16 pairs (m, m + 16) of rows][16 columns][2].
+void split_columns(const void* x, Kind kind, Index x_stride, Index rows, Index columns, bf16* out) {
+    const int planes = planes_of(kind);
+    for (Index pair = 0; pair < 16; ++pair) {
+        for (Index half = 0; half < 2; ++half) {
+            const __mmask16 mask = first(columns - half * 16);
+            const Index at = pair * x_stride + half * 16;
+            const __m512 upper = load_floats(x, kind, at, pair < rows ? mask : 0);
+            const __m512 lower = load_floats(x, kind, at + 16 * x_stride, pair + 16 < rows ? mask : 0);
+            __m512i parts[3] = {paired(upper, lower)};
+            if (planes == 3) split(upper, lower, parts);
+            for (int plane = 0; plane < planes; ++plane)
+                _mm512_store_si512(out + (plane * 2 + half) * TILE + pair * 32, parts[plane]);
+        }
+    }
 }
 
-void sum_products(const void* h, Kind kind, Index h_stride, Index components, const float* x, Index x_stride,
-                  Index rows, Index columns, float* sums) {
-    const __mmask16 mask = first(components);
-    Index k = 0;
-    for (; k + 24 <= columns; k += 24) outer_products<24>(h, kind, h_stride, mask, x + k, x_stride, rows, sums + k * 16);
-    for (; k + 8 <= columns; k += 8) outer_products<8>(h, kind, h_stride, mask, x + k, x_stride, rows, sums + k * 16);
-    for (; k < columns; ++k) outer_products<1>(h, kind, h_stride, mask, x + k, x_stride, rows, sums + k * 16);
+// Adds 16 columns of one plane of x times the planes of h that matter with it.
+#define GRADIENT(SUM, PLANE, LAST) \
+    _tile_loadd(7, x + (SUM) / 2 * planes * 2 * TILE + ((PLANE) * 2 + (SUM) % 2) * TILE, 64); \
+    _tile_dpbf16ps(SUM, 4, 7); \
+    if (LAST > 0) { _tile_dpbf16ps(SUM, 5, 7); } \
+    if (LAST > 1) { _tile_dpbf16ps(SUM, 6, 7); }
+#define GRADIENTS(PLANE, LAST) \
+    GRADIENT(0, PLANE, LAST) GRADIENT(1, PLANE, LAST) GRADIENT(2, PLANE, LAST) GRADIENT(3, PLANE, LAST)
+
+// sums [block of 16 components][16 columns, four times][16][16] += h^T x for 32 rows and 64 columns: four chains, since
+// two would wait for each other.
+void gradient_block(const bf16* h_tiles, Index rank_blocks, const bf16* x, int planes, float* sums) {
+    for (Index block = 0; block < rank_blocks; ++block, h_tiles += planes * TILE, sums += 1024) {
+        _tile_loadd(0, sums, 64);
+        _tile_loadd(1, sums + 256, 64);
+        _tile_loadd(2, sums + 512, 64);
+        _tile_loadd(3, sums + 768, 64);
+        _tile_loadd(4, h_tiles, 64);
+        if (planes == 3) {
+            _tile_loadd(5, h_tiles + TILE, 64);
+            _tile_loadd(6, h_tiles + 2 * TILE, 64);
+            GRADIENTS(2, 0) GRADIENTS(1, 1) GRADIENTS(0, 2)
+        } else {
+            GRADIENTS(0, 0)
+        }
+        _tile_stored(0, sums, 64);
+        _tile_stored(1, sums + 256, 64);
+        _tile_stored(2, sums + 512, 64);
+        _tile_stored(3, sums + 768, 64);
+    }
+}
+
+// sums [64 columns][as above] += h^T x for 32 rows. The vector units split a block while the tile units take the last.
+void gradient_rows(const bf16* h_tiles, Index rank_blocks, const void* x, Kind kind, Index x_stride, Index rows,
+                   Index columns, float* sums) {
+    alignas(64) bf16 tiles[2][12 * TILE];
+    const int planes = planes_of(kind);
+    const auto split_next = [&](Index k) {
+        for (Index half = 0; half < 2; ++half, k += SIDE)
+            split_columns(static_cast<const unsigned char*>(x) + k * (kind == Kind::float32 ? 4 : 2), kind, x_stride,
+                          rows, columns - k, tiles[k / 64 % 2] + half * planes * 2 * TILE);
+    };
+    split_next(0);
+    for (Index k = 0; k < columns; k += 64, sums += rank_blocks * 1024) {
+        if (k + 64 < columns) split_next(k + 64);
+        stores_are_done();
+        gradient_block(h_tiles, rank_blocks, tiles[k / 64 % 2], planes, sums);
+    }
 }
 
 #ifdef __clang__
@@ -672,37 +735,34 @@ void low_rank_linear(const void* x, Kind kind, Index rows, Index depth, Index x_
 void low_rank_gradient(const void* h, Index h_stride, Index rank, const void* x, Kind kind, Index columns,
                        Index x_stride, const Clients& clients, float scaling, float* gradient, Index client_stride,
                        Index rank_stride, Index column_stride, int threads) {
-    constexpr Index ROWS = 128;
-    const Index groups = std::min(blocks(columns, 24), clients.count >= 4 * threads ? 1 : blocks(threads, clients.count));
-    const Index slab = blocks(blocks(columns, groups), 24) * 24;
-    parallel_for(clients.count * groups, threads, [&](long task) {
-        const Index client = task / groups, from = task % groups * slab, width = std::min(slab, columns - from);
+    const Index parts = clients.count >= 4 * threads ? 1 : blocks(threads, clients.count);
+    const Index slab = blocks(blocks(columns, parts), 64) * 64;
+    parallel_for(clients.count * parts, threads, [&](long task) {
+        const Index client = task / parts, from = task % parts * slab, width = std::min(slab, columns - from);
         if (width <= 0) return;
         const Index own_rank = std::min<Index>(rank, clients.ranks[client]), rank_blocks = blocks(own_rank, 16);
-        thread_local Scratch sums_scratch, wide_scratch;
-        float* sums = sums_scratch.take<float>(rank_blocks * width * 16);
-        std::memset(sums, 0, rank_blocks * width * 16 * sizeof(float));
+        thread_local Scratch sums_scratch, tiles_scratch;
+        const Index size = blocks(width, 64) * rank_blocks * 1024;
+        float* sums = sums_scratch.take<float>(size);
+        bf16* tiles = tiles_scratch.take<bf16>(rank_blocks * planes_of(kind) * TILE);
+        std::memset(sums, 0, size * sizeof(float));
+        configure_tiles();
         const Index end = clients.offsets[client + 1];
-        for (Index row = clients.offsets[client]; row < end; row += ROWS) {
-            const Index rows = std::min(ROWS, end - row);
-            const float* lines = static_cast<const float*>(x) + row * x_stride + from;
-            Index stride = x_stride;
-            if (kind == Kind::bfloat16) {
-                stride = blocks(width, 16) * 16;
-                float* wide = wide_scratch.take<float>(ROWS * stride);
-                widen_rows(at(x, kind, row * x_stride + from), x_stride, rows, width, wide);
-                lines = wide;
-            }
+        for (Index row = clients.offsets[client]; row < end; row += SIDE) {
             for (Index block = 0; block < rank_blocks; ++block)
-                sum_products(at(h, kind, row * h_stride + block * 16), kind, h_stride, own_rank - block * 16, lines,
-                             stride, rows, width, sums + block * width * 16);
+                transpose_h(at(h, kind, row * h_stride + block * 16), kind, h_stride, end - row,
+                            own_rank - block * 16, tiles + block * planes_of(kind) * TILE);
+            gradient_rows(tiles, rank_blocks, at(x, kind, row * x_stride + from), kind, x_stride, end - row, width, sums);
         }
+        release_tiles();
         float* own = gradient + client * client_stride + from * column_stride;
         const float s = scaling * clients.scalings[client];
-        for (Index r = 0; r < rank; ++r)
-            for (Index k = 0; k < width; ++k)
+        for (Index k = 0; k < width; ++k) {
+            const float* column = sums + k / 64 * rank_blocks * 1024 + k % 64 / 16 * 256 + k % 16;
+            for (Index r = 0; r < rank; ++r)
                 own[r * rank_stride + k * column_stride] =
-                    r < own_rank ? s * sums[(r / 16 * width + k) * 16 + r % 16] : 0.0f;
+                    r < own_rank ? s * column[r / 16 * 1024 + r % 16 * 16] : 0.0f;
+        }
     });
 }
 

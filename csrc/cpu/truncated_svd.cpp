@@ -1,0 +1,426 @@
+#include "cpu/truncated_svd.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstdlib>
+#include <cstring>
+#include <limits>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "cpu/features.h"
+#include "cpu/parallel.h"
+#include "cpu/symmetric_band.h"
+
+#if defined(__x86_64__) && defined(__GNUC__)
+#include <immintrin.h>
+#endif
+
+namespace federa {
+namespace {
+
+#if defined(__GNUC__)
+
+#define LANES 4
+#define PANEL 2
+namespace plain {
+static inline void sum4(const float __attribute__((vector_size(16))) a, const float __attribute__((vector_size(16))) b,
+                        const float __attribute__((vector_size(16))) c, const float __attribute__((vector_size(16))) d,
+                        float* out) {
+    for (int lane = 0; lane < 4; ++lane) out[0] += a[lane], out[1] += b[lane], out[2] += c[lane], out[3] += d[lane];
+}
+#include "cpu/truncated_svd_products.inc"
+}  // namespace plain
+#undef LANES
+#undef PANEL
+
+#if defined(__x86_64__)
+#ifdef __clang__
+#pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx2,fma")
+#endif
+#define LANES 8
+#define PANEL 2
+namespace avx2 {
+static inline void sum4(__m256 a, __m256 b, __m256 c, __m256 d, float* out) {
+    const __m256 all = _mm256_hadd_ps(_mm256_hadd_ps(a, b), _mm256_hadd_ps(c, d));
+    const __m128 sums = _mm_add_ps(_mm256_castps256_ps128(all), _mm256_extractf128_ps(all, 1));
+    _mm_storeu_ps(out, _mm_add_ps(_mm_loadu_ps(out), sums));
+}
+#include "cpu/truncated_svd_products.inc"
+}  // namespace avx2
+#undef LANES
+#undef PANEL
+#ifdef __clang__
+#pragma clang attribute pop
+#pragma clang attribute push(__attribute__((target("avx512f,avx512dq,fma"))), apply_to = function)
+#else
+#pragma GCC pop_options
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512dq,fma")
+#endif
+#define LANES 16
+#define PANEL 6
+namespace avx512 {
+static inline void sum4(__m512 a, __m512 b, __m512 c, __m512 d, float* out) {
+    // The zero-masked forms: GCC 12 warns of its own undefined vectors in the plain ones.
+    const __m512 ab = _mm512_add_ps(_mm512_maskz_unpacklo_ps(0xffff, a, b), _mm512_maskz_unpackhi_ps(0xffff, a, b));
+    const __m512 cd = _mm512_add_ps(_mm512_maskz_unpacklo_ps(0xffff, c, d), _mm512_maskz_unpackhi_ps(0xffff, c, d));
+    const __m512 all = _mm512_add_ps(_mm512_maskz_shuffle_ps(0xffff, ab, cd, 0x44),
+                                     _mm512_maskz_shuffle_ps(0xffff, ab, cd, 0xee));
+    const __m256 half = _mm256_add_ps(_mm512_maskz_extractf32x8_ps(0xff, all, 0),
+                                      _mm512_maskz_extractf32x8_ps(0xff, all, 1));
+    const __m128 sums = _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+    _mm_storeu_ps(out, _mm_add_ps(_mm_loadu_ps(out), sums));
+}
+#include "cpu/truncated_svd_products.inc"
+}  // namespace avx512
+#undef LANES
+#undef PANEL
+#ifdef __clang__
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+#endif
+
+struct Products {
+    decltype(&plain::fused) fused;
+    decltype(&plain::combine) combine;
+};
+
+bool has(const char* feature) {
+    for (const auto& [name, there] : cpu_features())
+        if (std::string(name) == feature) return there;
+    return false;
+}
+
+const Products& products() {
+    static const Products chosen = [] {
+#if defined(__x86_64__)
+        if (has("avx512f") && has("avx512bw")) return Products{&avx512::fused, &avx512::combine};
+        if (has("avx2") && has("fma")) return Products{&avx2::fused, &avx2::combine};
+#endif
+        return Products{&plain::fused, &plain::combine};
+    }();
+    return chosen;
+}
+
+constexpr long PAD = 16;
+long padded(long size, long to = PAD) { return (size + to - 1) / to * to; }
+
+struct Rows {  // float32 rows on cache lines, zero beyond their length
+    long stride = 0;
+    float* data = nullptr;
+    std::unique_ptr<float[]> memory;
+
+    Rows(long count, long length) : stride(padded(length)), memory(new float[count * padded(length) + PAD]) {
+        data = memory.get() + (-(reinterpret_cast<std::uintptr_t>(memory.get()) / sizeof(float)) & (PAD - 1));
+    }
+    float* operator[](long row) { return data + row * stride; }
+    void zero(long first, long count) { std::memset((*this)[first], 0, count * stride * sizeof(float)); }
+};
+
+// Entry `index` of the stream `seed`, in (-1, 1): SplitMix64, as in krylov.py.
+float uniform(std::uint64_t seed, std::uint64_t index) {
+    std::uint64_t x = (index + 1 + (seed << 40)) * 0x9E3779B97F4A7C15u;
+    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9u;
+    x = (x ^ (x >> 27)) * 0x94D049BB133111EBu;
+    x ^= x >> 31;
+    return static_cast<float>((static_cast<double>(x >> 40) + 0.5) * 0x1p-23 - 1);
+}
+
+double dot(const float* a, const float* b, long length) {
+    double sums[8] = {};
+    for (long k = 0; k < length; k += 8)  // rows are padded
+        for (int lane = 0; lane < 8; ++lane) sums[lane] += static_cast<double>(a[k + lane]) * b[k + lane];
+    return ((sums[0] + sums[4]) + (sums[1] + sums[5])) + ((sums[2] + sums[6]) + (sums[3] + sums[7]));
+}
+
+// Cholesky-QR of b rows of length K: rows <- L^-1 rows, R = L^T (b, b) row-major. A row of nothing gets R_jj = 0.
+void orthonormalise(float* rows, long stride, long b, std::vector<double>& R) {
+    std::vector<double> L(b * b, 0.0), inverse(b * b, 0.0);
+    double longest = 0;
+    for (long i = 0; i < b; ++i)
+        for (long j = 0; j <= i; ++j) L[i * b + j] = dot(rows + i * stride, rows + j * stride, stride);
+    for (long i = 0; i < b; ++i) longest = std::max(longest, L[i * b + i]);
+    const double floor = 1e-14 * longest + 1e-150;
+    for (long j = 0; j < b; ++j) {
+        for (long i = j; i < b; ++i) {
+            double sum = L[i * b + j] + (i == j ? floor : 0);
+            for (long k = 0; k < j; ++k) sum -= L[i * b + k] * L[j * b + k];
+            L[i * b + j] = i == j ? std::sqrt(std::max(sum, floor)) : sum / L[j * b + j];
+        }
+    }
+    for (long j = 0; j < b; ++j)
+        for (long i = j; i < b; ++i) {
+            double sum = i == j;
+            for (long k = j; k < i; ++k) sum -= L[i * b + k] * inverse[k * b + j];
+            inverse[i * b + j] = sum / L[i * b + i];
+        }
+    for (long i = b - 1; i >= 0; --i) {  // from the last: row i needs those before it unchanged
+        float* row = rows + i * stride;
+        const float own = static_cast<float>(inverse[i * b + i]);
+        for (long k = 0; k < stride; ++k) row[k] *= own;
+        for (long j = 0; j < i; ++j) {
+            const float* other = rows + j * stride;
+            const float factor = static_cast<float>(inverse[i * b + j]);
+            for (long k = 0; k < stride; ++k) row[k] += factor * other[k];
+        }
+    }
+    R.assign(b * b, 0.0);
+    for (long i = 0; i < b; ++i)
+        if (L[i * b + i] > 4 * std::sqrt(floor))
+            for (long j = i; j < b; ++j) R[i * b + j] = L[j * b + i];
+}
+
+double energy_bound(const double* theta, const double* coupling, double following, long rank) {
+    double lost = 0, captured = 0;
+    for (long i = 0; i < rank; ++i) {
+        const double gap = std::max(theta[i] - following, std::numeric_limits<double>::min());
+        lost += std::min(coupling[i], coupling[i] * coupling[i] / gap);
+        captured += theta[i];
+    }
+    return captured > 0 ? lost / captured : 0;
+}
+
+class Lanczos {
+public:
+    explicit Lanczos(SvdTask& task)
+        : task(task), b(task.block), rank(task.rank), wide(padded(rank, 4)),
+          basis(task.columns + 2 * wide + b, task.K), image(std::max(b, wide), task.K), V(wide, task.K),
+          theta(rank), coupling(rank) {}
+
+    void solve() {
+        task.matvecs = 0;
+        task.status = SvdStatus::not_converged;
+        if (!run(0, 0)) return;
+        for (int attempt = 1; crowded(); ++attempt) {
+            if (attempt > rank / b + 2) break;
+            const std::vector<double> before = theta;
+            const double after = following;
+            long locked = 0;
+            // What was found stays in front of the basis, and the next run is orthogonal to it.
+            for (; locked < rank; ++locked) std::memcpy(basis[locked], V[locked], V.stride * sizeof(float));
+            if (!run(rank, attempt)) return;
+            const bool news = theta[0] > before.back() * (1 + 1e-9);
+            if (news) {  // rare: the exact path sorts it out
+                task.status = SvdStatus::not_converged;
+                return;
+            }
+            theta = before, following = std::max(after, std::min(theta.back(), theta_found));
+            for (long i = 0; i < rank; ++i) std::memcpy(V[i], basis[i], V.stride * sizeof(float));
+            break;
+        }
+        finish();
+    }
+
+private:
+    SvdTask& task;
+    const long b, rank, wide;
+    Rows basis, image, V;
+    std::vector<double> theta, coupling, R, again, H, T, values, vectors;
+    std::vector<Rotation> rotations;
+    std::vector<float> dots;
+    double following = 0, theta_found = 0;
+
+    // rows (b) -= basis^T basis rows over the first `known` rows of the basis
+    void remove(float* rows, long known) {
+        if (!known) return;
+        std::memcpy(image.data, rows, b * basis.stride * sizeof(float));
+        products().fused(basis.data, known, task.K, basis.stride, image.data, image.stride, rows, basis.stride, b, -1,
+                         dots.data());
+    }
+
+    // The block after `known` rows: orthonormal, orthogonal to them; B (b, b) couples it to the block before.
+    void next_block(long known, std::uint64_t seed, std::vector<double>& B) {
+        float* rows = basis[known];
+        orthonormalise(rows, basis.stride, b, B);
+        for (int turn = 0; turn < 4; ++turn) {
+            for (long i = 0; i < b; ++i)
+                if (B[i * b + i] == 0) {
+                    std::memset(rows + i * basis.stride, 0, basis.stride * sizeof(float));
+                    for (long k = 0; k < task.K; ++k) rows[i * basis.stride + k] = uniform(seed, k * b + i);
+                }
+            remove(rows, known);
+            orthonormalise(rows, basis.stride, b, again);
+            std::vector<double> product(b * b, 0.0);
+            bool sound = true;
+            for (long i = 0; i < b; ++i) {
+                sound = sound && again[i * b + i] > 0.5;
+                for (long k = i; k < b; ++k)
+                    for (long j = k; j < b; ++j) product[i * b + j] += again[i * b + k] * B[k * b + j];
+            }
+            B = product;
+            if (sound) break;
+        }
+    }
+
+    // One run orthogonal to the first `locked` rows of the basis; whether the bound came down to the goal.
+    bool run(long locked, std::uint64_t seed) {
+        const long room = std::min<long>(task.columns, task.K - locked - b) / b * b;
+        if (room < rank + 1) return false;
+        std::vector<double> B;
+        basis.zero(locked, b);
+        for (long i = 0; i < b; ++i)
+            for (long k = 0; k < task.K; ++k) basis[locked + i][k] = uniform(seed, k * b + i);
+        next_block(locked, seed, B);
+        H.assign(room * 2 * b, 0.0);
+        dots.resize((locked + room + b) * b);
+        long have = 0, checked = 0, check = std::min(room, padded(std::max(rank + 1, 4 * rank + 4 * b), b));
+        double before = 1;
+        while (true) {
+            float* Q = basis[locked + have];
+            have += b;
+            const long known = locked + have;
+            basis.zero(known, b);
+            products().fused(task.A, task.N, task.K, task.lda, Q, basis.stride, basis[known], basis.stride, b, 1,
+                             nullptr);
+            task.matvecs += 2 * b;
+            remove(basis[known], known);
+            for (long i = 0; i < b; ++i)  // the diagonal block of the projected matrix
+                for (long j = 0; j <= i; ++j) {
+                    const double value = 0.5 * (static_cast<double>(dots[(known - b + i) * b + j]) +
+                                                dots[(known - b + j) * b + i]);
+                    below(have - b + i, have - b + j) = value;
+                }
+            next_block(known, seed + have, B);
+            if (have < room)
+                for (long i = 0; i < b; ++i)
+                    for (long j = i; j < b; ++j) below(have + i, have - b + j) = B[i * b + j];
+            if (have < check) continue;
+            const double bound = ritz(have, B);
+            if (bound <= task.goal || have == room) {
+                take(locked, have);
+                return bound <= task.goal;
+            }
+            const double slope = checked ? std::log(std::max(before / bound, 1.2)) * b / (have - checked) : std::log(1.6);
+            const long steps = static_cast<long>(std::log(bound / task.goal) / slope + 0.5);
+            check = std::min(room, have + b * std::max(1L, std::min(6L, steps)));
+            checked = have, before = bound;
+        }
+    }
+
+    // H[row, column] of the projected matrix, a band of width b, column <= row < column + 2 b
+    double& below(long row, long column) { return H[column * 2 * b + row - column]; }
+
+    double ritz(long have, const std::vector<double>& B) {
+        T.assign(have * have, 0.0);
+        for (long j = 0; j < have; ++j)
+            for (long i = j; i < std::min(have, j + b + 1); ++i) T[i * have + j] = T[j * have + i] = below(i, j);
+        values.resize(have), vectors.resize(have * rank);
+        leading_eigenpairs(T, have, b, rank, values.data(), vectors.data(), rotations);
+        following = have > rank ? std::max(values[rank], 0.0) : 0;
+        theta_found = std::max(values[0], 0.0);
+        for (long r = 0; r < rank; ++r) {
+            theta[r] = std::max(values[r], 0.0);
+            double sum = 0;
+            for (long i = 0; i < b; ++i) {
+                double part = 0;
+                for (long j = i; j < b; ++j) part += B[i * b + j] * vectors[(have - b + j) * rank + r];
+                sum += part * part;
+            }
+            coupling[r] = std::sqrt(sum);
+        }
+        return energy_bound(theta.data(), coupling.data(), following, rank);
+    }
+
+    // V <- the Ritz vectors
+    void take(long locked, long have) {
+        std::vector<float> times(have * wide, 0.0f);
+        for (long i = 0; i < have; ++i)
+            for (long r = 0; r < rank; ++r) times[i * wide + r] = static_cast<float>(vectors[i * rank + r]);
+        V.zero(0, wide);
+        products().combine(basis[locked], have, task.K, basis.stride, times.data(), wide, V.data, V.stride);
+    }
+
+    // Whether b Ritz values in a row agree within 1e-3: there may be more of them than a block can see.
+    bool crowded() const {
+        const long window = std::min(b, rank);
+        for (long i = 0; i + window <= rank; ++i)
+            if (theta[i] > 0 && theta[i + window - 1] >= (1 - 1e-3) * theta[i]) return true;
+        return false;
+    }
+
+    // U, S, V of A on the span of V, and the residuals: one more reading of A, for A V and A^T A V.
+    void finish() {
+        const long N = task.N, K = task.K;
+        orthonormalise(V.data, V.stride, rank, again);
+        std::vector<float> W(N * wide);
+        image.zero(0, wide);
+        products().fused(task.A, N, K, task.lda, V.data, V.stride, image.data, image.stride, wide, 1, W.data());
+        task.matvecs += 2 * rank;
+        task.following = following;
+        std::vector<double> gram(rank * rank, 0.0), row(rank), Z(rank * rank), S2(rank);
+        for (long n = 0; n < N; ++n) {
+            for (long i = 0; i < rank; ++i) row[i] = W[n * wide + i];
+            for (long i = 0; i < rank; ++i)
+                for (long j = 0; j < rank; ++j) gram[i * rank + j] += row[i] * row[j];
+        }
+        leading_eigenpairs(gram, rank, rank - 1, rank, S2.data(), Z.data(), rotations);
+        if (!(S2[rank - 1] > 1e-6 * S2[0])) {  // A V is too far from orthogonal columns for this
+            for (long r = 0; r < rank; ++r) std::memcpy(task.Vh + r * K, V[r], K * sizeof(float));
+            task.status = SvdStatus::ill_conditioned;
+            return;
+        }
+        std::vector<float> turn(rank * wide, 0.0f), scaled(rank * wide, 0.0f);
+        for (long r = 0; r < rank; ++r) {
+            const double s = std::sqrt(S2[r]);
+            task.S[r] = static_cast<float>(s);
+            for (long i = 0; i < rank; ++i) {
+                turn[i * wide + r] = static_cast<float>(Z[i * rank + r]);
+                scaled[i * wide + r] = static_cast<float>(Z[i * rank + r] / s);
+            }
+        }
+        double right = 0;
+        std::vector<float> u(rank), av(rank);
+        for (long n = 0; n < N; ++n) {
+            std::fill(u.begin(), u.end(), 0.0f);
+            std::fill(av.begin(), av.end(), 0.0f);
+            for (long i = 0; i < rank; ++i)
+                for (long r = 0; r < rank; ++r) {
+                    u[r] += W[n * wide + i] * scaled[i * wide + r];
+                    av[r] += W[n * wide + i] * turn[i * wide + r];
+                }
+            for (long r = 0; r < rank; ++r) {
+                task.U[n * rank + r] = u[r];
+                const double rest = static_cast<double>(av[r]) - static_cast<double>(u[r]) * task.S[r];
+                right += rest * rest;
+            }
+        }
+        task.right = std::sqrt(right);
+        // basis <- V Z and A^T A V Z / s = A^T U
+        basis.zero(0, 2 * wide);
+        products().combine(V.data, rank, K, V.stride, turn.data(), wide, basis.data, basis.stride);
+        products().combine(image.data, rank, K, image.stride, scaled.data(), wide, basis[wide], basis.stride);
+        for (long r = 0; r < rank; ++r) {
+            const float *v = basis[r], *atu = basis[wide + r];
+            double sum = 0;
+            for (long k = 0; k < K; ++k) {
+                const double rest = static_cast<double>(atu[k]) - static_cast<double>(task.S[r]) * v[k];
+                sum += rest * rest;
+            }
+            task.left[r] = std::sqrt(sum);
+            std::memcpy(task.Vh + r * K, v, K * sizeof(float));
+        }
+        task.status = SvdStatus::found;
+    }
+};
+
+#endif
+
+}  // namespace
+
+void truncated_svd(SvdTask* tasks, long count, int threads) {
+#if defined(__GNUC__)
+    parallel_for(count, threads, [&](long index) { Lanczos(tasks[index]).solve(); });
+#else
+    for (long index = 0; index < count; ++index) tasks[index].status = SvdStatus::not_converged;
+    (void)threads;
+#endif
+}
+
+}  // namespace federa
