@@ -1,6 +1,6 @@
-"""Records of runs -> the README's tables and figures. No number is typed into the README by hand.
+"""Records -> the README's tables and the figures under plots/. No number is typed into the README by hand.
 
-python -m benchmarks.plot                                 write the README's tables again
+python -m benchmarks.plot                                 write tables and figures again
 python -m benchmarks.plot --add NAME RUN_FOLDER           record a finished run and copy its curves first
 python -m benchmarks.plot --add NAME RUN_FOLDER --busy    the same on a machine with other work: no times
 """
@@ -8,14 +8,13 @@ python -m benchmarks.plot --add NAME RUN_FOLDER --busy    the same on a machine 
 import argparse
 import json
 import shutil
-import subprocess
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from federa.folder import RunFolder, to_json, write_atomic
-from federa.records import read_run
-from federa.report import results_table
+from benchmarks import records as store
+from benchmarks.kernel_tables import clients_figure, clients_table, kernel_figure, kernel_table
 
 ROOT = Path(__file__).parent.parent
 RECORDS = ROOT / "benchmarks/results/runs.jsonl"
@@ -25,10 +24,13 @@ README = ROOT / "README.md"
 
 def record_run(name: str, folder: Path, busy: bool) -> dict[str, Any]:
     """One record of a finished run: its scores beside its yardsticks, its cost, and what it ran on."""
+    from federa.folder import RunFolder
+    from federa.records import read_run
+    from federa.report import results_table
+
     run, config = read_run(folder), RunFolder.open(folder).config()
     traffic = run.rounds[-1].bytes
     facts = run.result
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
     kept = ("python", "platform", "device", "threads", "torch", "transformers")
     return {
         "subject": "run",
@@ -45,7 +47,7 @@ def record_run(name: str, folder: Path, busy: bool) -> dict[str, Any]:
         "source": Path(config.data.path).name if config.data.path else facts.source,
         "seed": config.seed,
         "environment": {key: run.environment[key] for key in kept},
-        "recorded_at_commit": commit.stdout.strip(),  # of the checkout that wrote the record
+        "recorded_at_commit": store.commit(),  # of the checkout that wrote the record
         "utc": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 
@@ -53,22 +55,37 @@ def record_run(name: str, folder: Path, busy: bool) -> dict[str, Any]:
 def add(name: str, folder: Path, busy: bool) -> None:
     """Puts a run's record in the place of an older one of that name, and its curves under plots/."""
     records = [record for record in read_records() if record["name"] != name] + [record_run(name, folder, busy)]
-    write_atomic(RECORDS, "".join(to_json(record) + "\n" for record in sorted(records, key=lambda r: r["name"])))
+    store.write(RECORDS, "".join(json.dumps(record) + "\n" for record in sorted(records, key=lambda r: r["name"])))
     PLOTS.mkdir(exist_ok=True)
     shutil.copyfile(folder / "curves.png", PLOTS / f"{name}-curves.png")
 
 
 def read_records() -> list[dict[str, Any]]:
-    return [json.loads(line) for line in RECORDS.read_text().splitlines()] if RECORDS.is_file() else []
+    return store.read(RECORDS)
 
 
-def tables(readme: str, records: list[dict[str, Any]]) -> str:
-    """The README with what lies between its table markers made from `records`."""
-    for record in records:
-        start, end = f"<!-- table {record['name']} -->\n", "<!-- end -->"
+def every_table() -> dict[str, str]:
+    """The text of each table by its name."""
+    runs = {record["name"]: _table(record) for record in read_records()}
+    kernels = {f"lora_linear-{device}": kernel_table(read("lora_linear", device)) for device in ("cpu", "cuda")}
+    clients = {
+        f"lora_linear_clients-{device}": clients_table(read("lora_linear_clients", device))
+        for device in ("cpu", "cuda")
+    }
+    return runs | kernels | clients
+
+
+def read(subject: str, device: str) -> list[dict[str, Any]]:
+    return store.read(store.path_of(subject, device))
+
+
+def tables(readme: str, texts: Mapping[str, str]) -> str:
+    """The README with each table it has markers for made anew."""
+    for name, text in texts.items():
+        start, end = f"<!-- table {name} -->\n", "<!-- end -->"
         before, found, rest = readme.partition(start)
         if found:
-            readme = before + start + _table(record) + end + rest.partition(end)[2]
+            readme = before + start + text + end + rest.partition(end)[2]
     return readme
 
 
@@ -90,14 +107,17 @@ def _table(record: dict[str, Any]) -> str:
     return "\n".join(lines) + f"\n\n{facts}\n"
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--add", nargs=2, metavar=("NAME", "RUN_FOLDER"))
     parser.add_argument("--busy", action="store_true")
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
     if options.add:
         add(options.add[0], Path(options.add[1]), options.busy)
-    write_atomic(README, tables(README.read_text(encoding="utf-8"), read_records()))
+    store.write(README, tables(README.read_text(encoding="utf-8"), every_table()))
+    for device in ("cpu", "cuda"):
+        kernel_figure(read("lora_linear", device), PLOTS / f"lora_linear-{device}.svg")
+        clients_figure(read("lora_linear_clients", device), PLOTS / f"lora_linear_clients-{device}.svg")
 
 
 if __name__ == "__main__":

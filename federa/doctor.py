@@ -60,13 +60,17 @@ def _devices() -> Iterator[Row]:
 
 
 def _kernel_paths() -> Iterator[Row]:
-    yield Row("PyTorch path", "ok", "active: the reference in plain PyTorch, on every device")
+    yield Row("PyTorch path", "ok", "the reference in plain PyTorch, where no other path is active")
     yield from _extension()
+    for name, dtype in (("CPU path", torch.float32), ("CPU path, bf16 residual", torch.bfloat16)):
+        layer = torch.nn.Linear(1, 1, dtype=dtype).requires_grad_(False)
+        federa_kernels.pack_frozen(model := torch.nn.Sequential(layer))
+        path = federa_kernels.explain(model, torch.float32)["0"]
+        yield Row(name, "off" if path.startswith("PyTorch") else "ok", path)
     if find_spec("triton") is None:
-        yield Row("Triton path", "off", "triton is not installed; no Triton kernels in this version either")
+        yield Row("Triton path", "off", "triton is not installed; CUDA devices take the PyTorch path")
     else:
-        gpu = "" if torch.cuda.is_available() else "no GPU, and "
-        yield Row("Triton path", "off", f"{gpu}no Triton kernels in this version")
+        yield Row("Triton path", "ok" if torch.cuda.is_available() else "off", "fused kernels for CUDA devices")
 
 
 def _extension() -> Iterator[Row]:
@@ -79,7 +83,7 @@ def _extension() -> Iterator[Row]:
         yield Row("C++ extension", "off", str(federa_kernels.why_no_extension()))
         return
     info = extension.build_info()
-    yield Row("C++ extension", "ok", f"{info['version']}, built by {info['compiler']}; no kernels in this version")
+    yield Row("C++ extension", "ok", f"{info['version']}, built by {info['compiler']}")
     built = f"CUDA {info['cuda_version']} for {', '.join(info['architectures'])}"
     if info["cuda_missing"]:
         yield Row("CUDA half", "off", f"{info['cuda_missing']}; an install with FEDERA_CUDA=1 insists on it")

@@ -16,7 +16,7 @@ from federa.errors import InputError
 from federa.folder import write_atomic
 from federa.models import is_head
 from federa.randomness import Purpose, torch_seed
-from federa_kernels import FeDeRALinear, fingerprint, replace_linears
+from federa_kernels import FeDeRALinear, fingerprint, pack_frozen, replace_linears
 
 
 @dataclass(frozen=True)
@@ -118,6 +118,7 @@ def make_trainable(
         if is_head(model, name):
             parameter.requires_grad_(True)
     model.to(device)
+    pack_frozen(model)  # the frozen layers that carry no adapter, as fast as those that do
     unused = _unused_parameters(model)
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad and name not in unused}
     head = frozenset(name for name in trainable if is_head(model, name))

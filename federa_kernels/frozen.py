@@ -1,25 +1,24 @@
-"""A weight that never trains, and the forms of it that a device multiplies fastest."""
+"""A weight that never trains, the forms of it that a device multiplies fastest, and frozen layers that use them."""
 
 import copy
-from typing import Any
-
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ._checks import check_float, check_shape
-from .lora_linear import cpu
+from .lora_linear import cpu, lora_linear
 
 
 class FrozenWeight:
     """One tensor W (N,K) and, made at first use, its packed forms for x W^T and dy W.
 
     The tensor stays the only truth: packed forms are never stored, copied or pickled, and are made again when it
-    has moved, changed its dtype or been written to in place. (A write through `.data` is not seen.)
+    has moved, changed its dtype or been written to in place. (A write through `.data` is not seen, and a compiled graph
+    sees none: it uses the forms that are there when it runs, or works without.)
 
     weight  (N,K)  float dtype, as given or cast to `dtype`; gradients never reach it
 
-    Memory beside the weight, for each form in use: 6 bytes an entry for float32, 2 for bfloat16, with N and K rounded up
-    to 32; nothing where the device has no packed form (see `explain`).
+    Memory beside the weight, for each of the two forms in use: 6 bytes an entry for float32, 2 for bfloat16, with N and
+    K rounded up to 32; nothing where the device has no packed form (see `explain`).
     """
 
     def __init__(self, weight: Tensor, *, dtype: torch.dtype | None = None):
@@ -27,7 +26,8 @@ class FrozenWeight:
         check_float("FrozenWeight", "weight", weight)
         self.weight = weight if dtype is None or dtype == weight.dtype else weight.detach().to(dtype)
         self._forms: dict[bool, Tensor] = {}
-        self._made_of: Any = None
+        self._made_of: tuple = ()
+        self._rows: torch.dtype | None = None
 
     @property
     def shape(self) -> torch.Size:
@@ -35,18 +35,23 @@ class FrozenWeight:
 
     def forms(self, dtype: torch.dtype, backward: bool) -> tuple[Tensor | None, Tensor | None]:
         """The packed forms for x W^T and, where asked for, dy W with rows of `dtype`; None where there is none."""
-        if not cpu.packs(dtype, self.weight):
+        weight, forms = self.weight, self._forms
+        if torch.compiler.is_compiling():  # what is there is used; a call outside a compiled graph makes it
+            ready = dtype is self._rows
+            return forms.get(False) if ready else None, forms.get(True) if ready and backward else None
+        if type(weight) not in (Tensor, nn.Parameter):  # a subclass may hold no memory of its own
             return None, None
-        if torch.compiler.is_compiling():  # what is there is used; `pack_frozen` or a first call makes it
-            return self._forms.get(False), self._forms.get(True) if backward else None
-        version = 0 if self.weight.is_inference() else self.weight._version
-        now = (self.weight.data_ptr(), version, self.weight.dtype, tuple(self.weight.shape))
+        now = (dtype, weight.data_ptr(), 0 if weight.is_inference() else weight._version, weight.dtype, weight.shape)
         if now != self._made_of:
-            self._forms, self._made_of = {}, now
+            if not cpu.packs(dtype, weight):
+                return None, None
+            if now[1:] != self._made_of[1:]:
+                forms.clear()
+            self._made_of, self._rows = now, dtype
         for transposed in (False, True) if backward else (False,):
-            if transposed not in self._forms:
-                self._forms[transposed] = cpu.pack(self.weight.detach(), transposed)
-        return self._forms[False], self._forms.get(True) if backward else None
+            if transposed not in forms:
+                forms[transposed] = cpu.pack(weight.detach(), transposed)
+        return forms[False], forms[True] if backward else None
 
     def packed_bytes(self) -> int:
         """What the packed forms hold at present."""
@@ -54,10 +59,50 @@ class FrozenWeight:
 
     def drop(self) -> None:
         """Lets go of the packed forms; the next use makes them again."""
-        self._forms, self._made_of = {}, None
+        self._forms, self._made_of, self._rows = {}, (), None
 
     def __deepcopy__(self, memo: dict) -> "FrozenWeight":
         return FrozenWeight(copy.deepcopy(self.weight, memo))
 
     def __reduce__(self) -> tuple:
         return FrozenWeight, (self.weight,)
+
+
+class PackedLinear(nn.Linear):
+    """A frozen nn.Linear over packed forms of its weight, and an nn.Linear in all else; `pack_frozen` makes it.
+
+        y = x W^T + b
+    """
+
+    _frozen: FrozenWeight | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.weight.requires_grad:
+            return super().forward(x)
+        if self._frozen is None or self._frozen.weight is not self.weight:
+            self._frozen = FrozenWeight(self.weight)
+        none = self.weight.new_empty(0)
+        lora_A, lora_B = none.view(0, self.in_features), none.view(self.out_features, 0)
+        return lora_linear(x, self._frozen, lora_A, lora_B, 1.0, self.bias)
+
+    def _apply(self, fn, recurse=True):
+        self._frozen = None
+        return super()._apply(fn, recurse)
+
+    def _load_from_state_dict(self, *args):
+        super()._load_from_state_dict(*args)
+        self._frozen = None
+
+
+def pack_frozen(model: nn.Module) -> list[str]:
+    """Lets every frozen nn.Linear of a model compute over packed forms of its weight; the names of those it changed.
+
+    Layers that train, subclasses of nn.Linear and devices without packed forms are left alone. Nothing shows in
+    state_dict, copies or pickles. A layer that is unfrozen later computes as nn.Linear does.
+    """
+    packed = []
+    for name, layer in model.named_modules():
+        if type(layer) is nn.Linear and not layer.weight.requires_grad and cpu.packs(layer.weight.dtype, layer.weight):
+            layer.__class__ = PackedLinear
+            packed.append(name)
+    return packed

@@ -1,16 +1,16 @@
 """FeDeRA's layer, and how a weight splits into its residual and its low-rank pair."""
 
 import hashlib
-import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ._checks import check_float, check_rank, check_shape, failure
+from .bands import Progress, check_band, starting_factors
+from .frozen import FrozenWeight, PackedLinear
 from .lora_linear import lora_linear
-from .truncated_svd import truncated_svd
 
 
 class LoraInit(NamedTuple):
@@ -55,7 +55,7 @@ def _effective(residual: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float)
 
 
 @torch.no_grad()
-def _split(
+def split(
     weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float, residual_dtype: torch.dtype | None
 ) -> LoraInit:
     residual = derive_residual(weight, lora_A, lora_B, scaling, residual_dtype)
@@ -72,32 +72,6 @@ def fingerprint(weight: Tensor, lora_A0: Tensor, lora_B0: Tensor, scaling: float
     return digest.hexdigest()
 
 
-Factors = Iterator[tuple[Tensor, Tensor]]
-
-
-def _principal(weights: Sequence[Tensor], rank: int, scaling: float, generator: torch.Generator | None) -> Factors:
-    for U, S, Vh, *_ in truncated_svd(weights, rank):
-        root = (S / scaling).sqrt()
-        yield (root[:, None] * Vh).float(), (U * root).float()
-
-
-def _zero(weights: Sequence[Tensor], rank: int, scaling: float, generator: torch.Generator | None) -> Factors:
-    if generator is None:
-        raise ValueError(failure("lora_init", "generator", 'be a torch.Generator for band "zero"', None))
-    for weight in weights:
-        lora_A = torch.empty(rank, weight.shape[1], device=generator.device)
-        nn.init.kaiming_uniform_(lora_A, a=math.sqrt(5), generator=generator)
-        yield lora_A.to(weight.device), torch.zeros(weight.shape[0], rank, device=weight.device)
-
-
-_BANDS = {"principal": _principal, "zero": _zero}
-
-
-def check_band(op: str, band: str) -> None:
-    if band not in _BANDS:
-        raise ValueError(failure(op, "band", "be one of " + ", ".join(_BANDS), repr(band)))
-
-
 @torch.no_grad()
 def lora_init(
     weights: Iterable[Tensor],
@@ -107,16 +81,21 @@ def lora_init(
     residual_dtype: torch.dtype | None = None,
     *,
     generator: torch.Generator | None = None,
+    progress: Progress | None = None,
 ) -> list[LoraInit]:
     """Starting factors and residual of each weight, in the order given.
 
         principal   U S V^T = W:  B = U_r sqrt(S_r / s),  A = sqrt(S_r / s) V_r^T      (FeDeRA, arXiv 2404.18848)
+        minor       the same of the R smallest of the min(N,K) singular values         (MiLoRA, arXiv 2406.09044)
+        orthogonal  Q T = W, T_ii >= 0:  B = Q_r,  A = T_r / s                         (OLoRA, arXiv 2406.01775)
         zero        B = 0,  A uniform within 1 / sqrt(K), drawn from `generator`       (LoRA, arXiv 2106.09685)
 
     weights         (N,K) each, any float dtype; float64 is factored in float64
     rank            R, from 1 to the smallest min(N,K)
     scaling         s > 0
     residual_dtype  default: each weight's own
+    progress        called with (weights factored, weights in all) as it goes; by default a line on stderr that counts,
+                    for models of 500 million weights or more on a terminal
 
     Raises ValueError for an unknown band, rank, scaling, shape, entries that are not finite, or a missing generator;
     TypeError for dtypes.
@@ -129,8 +108,8 @@ def lora_init(
         check_shape("lora_init", f"weight {index}", weight, N=None, K=None)
         check_float("lora_init", f"weight {index}", weight)
         check_rank("lora_init", rank, tuple(weight.shape))
-    factors = _BANDS[band](weights, rank, scaling, generator)
-    return [_split(W, A0, B0, scaling, residual_dtype) for W, (A0, B0) in zip(weights, factors, strict=True)]
+    factors = starting_factors(weights, rank, scaling, band, generator, progress)
+    return [split(W, A0, B0, scaling, residual_dtype) for W, (A0, B0) in zip(weights, factors, strict=True)]
 
 
 def is_conv1d(layer: nn.Module) -> bool:
@@ -152,7 +131,7 @@ def scaling_of(alpha: float | None, rank: int) -> float:
 
 
 def _check_layer(layer: nn.Module) -> None:
-    if type(layer) is not nn.Linear and not is_conv1d(layer):
+    if type(layer) not in (nn.Linear, PackedLinear) and not is_conv1d(layer):
         raise TypeError(failure("FeDeRALinear", "linear", "be nn.Linear or transformers' Conv1D", type(layer).__name__))
 
 
@@ -167,7 +146,8 @@ class FeDeRALinear(nn.Module):
     bias      (N,)   frozen, or None
     rounding  max |W - (residual + s B0 A0)|, measured when W was split
 
-    The residual of `init` is taken over, everything else copied.
+    The residual of `init` is taken over, everything else copied. On CPUs with tile units the first call packs the
+    residual (see FrozenWeight for the memory); `explain` tells which path a layer takes.
 
     `load_state_dict` also takes the checkpoint of an original model: its `weight` is split anew, and training starts
     over. Method: FeDeRA, arXiv 2404.18848.
@@ -190,7 +170,7 @@ class FeDeRALinear(nn.Module):
         self.scaling = scaling_of(alpha, self.rank)
         self.band = band
         self.rounding = init.rounding
-        self.replaced_class = type(linear)
+        self.replaced_class = nn.Linear if type(linear) is PackedLinear else type(linear)
         self.fan_in_fan_out = is_conv1d(linear)
 
         def copied(tensor: Tensor, trained: bool = False) -> nn.Parameter:
@@ -246,11 +226,16 @@ class FeDeRALinear(nn.Module):
         check_shape("FeDeRALinear", "lora_B0", lora_B0, N=N, R=lora_A0.shape[0])
         check_rank("FeDeRALinear", lora_A0.shape[0], (N, K))
         lora_A0, lora_B0 = (t.detach().to(weight.device, torch.float32) for t in (lora_A0, lora_B0))
-        init = _split(weight, lora_A0, lora_B0, scaling_of(alpha, lora_A0.shape[0]), residual_dtype)
+        init = split(weight, lora_A0, lora_B0, scaling_of(alpha, lora_A0.shape[0]), residual_dtype)
         return cls(linear, init, alpha, "principal" if lora_B0.any() else "zero")
 
     def forward(self, x: Tensor) -> Tensor:
-        return lora_linear(x, self.residual, self.lora_A, self.lora_B, self.scaling, self.bias)
+        return lora_linear(x, self.frozen, self.lora_A, self.lora_B, self.scaling, self.bias)
+
+    @property
+    def frozen(self) -> FrozenWeight | Tensor:
+        """The residual with its packed forms, or alone where it was swapped under the layer (torch.func)."""
+        return self._frozen if self._frozen.weight is self.residual else self.residual
 
     @property
     @torch.no_grad()
@@ -270,6 +255,13 @@ class FeDeRALinear(nn.Module):
                 "load a checkpoint that holds it, or build the layer anew with from_linear"
             )
         super().__setattr__(name, value)
+        if name == "residual":
+            self._frozen = FrozenWeight(value)
+
+    def _apply(self, fn, recurse=True):
+        super()._apply(fn, recurse)
+        self._frozen = FrozenWeight(self.residual)
+        return self
 
     def merge(self) -> nn.Module:
         """An ordinary layer of the class it replaced, with the effective weight, all of it trainable."""
@@ -305,6 +297,7 @@ class FeDeRALinear(nn.Module):
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
+        self._frozen = FrozenWeight(self.residual)  # a compiled graph must not go on with the old forms
 
     def _split_original(self, state_dict: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
         """The entries of an original layer, turned into this layer's."""
@@ -320,7 +313,7 @@ class FeDeRALinear(nn.Module):
             check_shape("FeDeRALinear", f"{prefix}weight", weight, N=self.out_features, K=self.in_features)
         weight = weight.to(self._weight_like)
         if self.band == "zero":
-            init = _split(weight, self.lora_A0, torch.zeros_like(self.lora_B0), self.scaling, self.residual.dtype)
+            init = split(weight, self.lora_A0, torch.zeros_like(self.lora_B0), self.scaling, self.residual.dtype)
         else:
             (init,) = lora_init([weight], self.rank, self.scaling, self.band, self.residual.dtype)
         self.rounding = init.rounding

@@ -45,6 +45,13 @@ def packs(rows: torch.dtype, weight: Tensor) -> bool:
     return why_not(rows, weight) is None
 
 
+def describe(rows: torch.dtype, weight: Tensor) -> str:
+    """What is computed where `packs` says so."""
+    products = {(torch.float32, torch.float32): 6, (torch.float32, torch.bfloat16): 3}.get((rows, weight.dtype), 1)
+    exact = "exact to float32" if products > 1 else "rounded to bfloat16"
+    return f"C++ on tile units (AMX): packed {weight.dtype}, {products} bfloat16 products for {rows} rows, {exact}"
+
+
 def takes(rows: Tensor, ranks: Sequence[int]) -> bool:
     """Whether these kernels take rows (M,K) and adapters of these ranks, given packed weights."""
     return kernels() is not None and rows.dtype in KINDS and rows.numel() > 0 and max(ranks, default=0) <= MAX_RANK
@@ -65,61 +72,37 @@ def _rows(x: Tensor) -> Tensor:
     return x if x.stride(1) == 1 else x.contiguous()
 
 
-class _Call:
-    """Products with one x: h = x down^T, out = x P + s h up^T + bias. Keeps what it points to until `run`."""
+def _projection(packed, weight, columns, down, up, scaling, out, h, bias=None) -> tuple:
+    """down (R,depth) or (C,R,depth), up (columns,R) or (C,columns,R), bias (columns,) or (C,columns), all float32."""
+    per_client = down.dim() == 3
+    return (
+        *(0 if packed is None else packed.data_ptr(), KINDS[weight.dtype]),
+        *(columns, down.shape[-2], scaling, down.data_ptr(), up.data_ptr()),
+        *(down.stride() if per_client else (0, *down.stride())),
+        *(up.stride() if per_client else (0, *up.stride())),
+        *(0 if bias is None else bias.data_ptr(), columns if bias is not None and bias.dim() == 2 else 0),
+        *(0 if out is None else out.data_ptr(), h.data_ptr(), h.stride(0)),
+    )
 
-    def __init__(self, x: Tensor, clients: Clients | None):
-        self.x, self.clients = _rows(x), tuple(t.contiguous() for t in clients or ())
-        self.projections: list[tuple] = []
-        self.alive: list[Tensor] = []
 
-    def add(
-        self,
-        packed: Tensor | None,
-        weight: Tensor,
-        columns: int,
-        down: Tensor,
-        up: Tensor,
-        scaling: float,
-        out: Tensor | None,
-        h: Tensor,
-        bias: Tensor | None = None,
-    ) -> None:
-        """down (R,depth) or (C,R,depth), up (columns,R) or (C,columns,R), bias (columns,) or (C,columns)."""
-        down, up = down.float(), up.float()
-        bias = None if bias is None else bias.float().contiguous()
-        self.alive += [down, up] if bias is None else [down, up, bias]
-        per_client = down.dim() == 3
-        self.projections.append(
-            (
-                *(0 if packed is None else packed.data_ptr(), KINDS[weight.dtype]),
-                *(columns, down.shape[-2], scaling, down.data_ptr(), up.data_ptr()),
-                *(down.stride() if per_client else (0, *down.stride())),
-                *(up.stride() if per_client else (0, *up.stride())),
-                *(0 if bias is None else bias.data_ptr(), columns if bias is not None and bias.dim() == 2 else 0),
-                *(0 if out is None else out.data_ptr(), h.data_ptr(), h.stride(0)),
-            )
-        )
-
-    def run(self, accumulate: bool = False) -> None:
-        x, (offsets, *_) = self.x, self.clients or (None,)
-        kernels().low_rank_linear(
-            *(x.data_ptr(), KINDS[x.dtype], *x.shape, x.stride(0), self.projections),
-            *(tuple(t.data_ptr() for t in self.clients), 1 if offsets is None else len(offsets) - 1),
-            *(accumulate, torch.get_num_threads()),
-        )
+def _run(x: Tensor, projections: list[tuple], clients: Clients | None, accumulate: bool = False) -> None:
+    pointers, count = ((), 1) if clients is None else (tuple(t.data_ptr() for t in clients), clients[0].shape[0] - 1)
+    kernels().low_rank_linear(
+        *(x.data_ptr(), KINDS[x.dtype], *x.shape, x.stride(0), projections),
+        *(pointers, count, accumulate, torch.get_num_threads()),
+    )
 
 
 def _gradient(
     h: Tensor, x: Tensor, scaling: float, gradient: Tensor, transposed: bool, clients: Clients | None
 ) -> Tensor:
     """gradient (.., R,K) = s h^T x, or its transpose (.., K,R), for all rows or for each client's."""
-    x, clients = _rows(x), tuple(t.contiguous() for t in clients or ())
+    pointers, count = ((), 1) if clients is None else (tuple(t.data_ptr() for t in clients), clients[0].shape[0] - 1)
     *client_stride, first, second = gradient.stride()
     strides = (second, first) if transposed else (first, second)
     kernels().low_rank_gradient(
         *(h.data_ptr(), h.stride(0), h.shape[1], x.data_ptr(), KINDS[x.dtype], *x.shape, x.stride(0)),
-        *(tuple(t.data_ptr() for t in clients), len(clients[0]) - 1 if clients else 1, scaling),
+        *(pointers, count, scaling),
         *(gradient.data_ptr(), *(client_stride or (0,)), *strides, torch.get_num_threads()),
     )
     return gradient
@@ -127,23 +110,23 @@ def _gradient(
 
 def _forward(x, weight, packed, lora_A, lora_B, bias, scaling, clients):
     (M, _), N = x.shape, weight.shape[0]
-    y, h = x.new_empty(M, N), x.new_empty(M, lora_A.shape[-2])
-    call = _Call(x, clients)
-    call.add(packed, weight, N, lora_A, lora_B, scaling, y, h, bias)
-    call.run()
+    y, h = x.new_empty((M, N)), x.new_empty((M, lora_A.shape[-2]))
+    x, lora_A, lora_B = _rows(x), lora_A.float(), lora_B.float()
+    bias = None if bias is None else bias.float().contiguous()
+    _run(x, [_projection(packed, weight, N, lora_A, lora_B, scaling, y, h, bias)], clients)
     return y, h
 
 
 def _backward(dy, x, h, weight, packed, lora_A, lora_B, bias, scaling, needs, clients):
     need_x, _, need_A, need_B, need_bias = needs
     (M, _), K, R = dy.shape, weight.shape[1], lora_A.shape[-2]
-    dx = dy.new_empty(M, K) if need_x else None
+    dx = dy.new_empty((M, K)) if need_x else None
     dA = dB = db = None
+    dy, x = _rows(dy), None if x is None else _rows(x)
     if need_x or need_A:
-        dh = dy.new_empty(M, R)
-        call = _Call(dy, clients)
-        call.add(packed if need_x else None, weight, K, lora_B.mT, lora_A.mT, scaling, dx, dh)
-        call.run()
+        dh = dy.new_empty((M, R))
+        down, up = lora_B.float().mT, lora_A.float().mT
+        _run(dy, [_projection(packed if need_x else None, weight, K, down, up, scaling, dx, dh)], clients)
     if need_A:
         dA = _gradient(dh, x, scaling, torch.empty(lora_A.shape), False, clients)
     if need_B:
@@ -181,14 +164,16 @@ def backward(
 
 def clients_forward(x, weight, packed, lora_A, lora_B, bias, offsets, scalings, ranks) -> tuple[Tensor, Tensor]:
     """As `reference.clients_forward`; ranks may exceed R."""
-    return _forward(x, weight, packed, lora_A, lora_B, bias, 1.0, (offsets, scalings, ranks))
+    clients = (offsets.contiguous(), scalings.contiguous(), ranks.contiguous())
+    return _forward(x, weight, packed, lora_A, lora_B, bias, 1.0, clients)
 
 
 def clients_backward(
     dy, x, h, weight, packed, lora_A, lora_B, bias, offsets, scalings, ranks, needs
 ) -> list[Tensor | None]:
     """As `reference.clients_backward`; ranks may exceed R."""
-    return _backward(dy, x, h, weight, packed, lora_A, lora_B, bias, 1.0, needs, (offsets, scalings, ranks))
+    clients = (offsets.contiguous(), scalings.contiguous(), ranks.contiguous())
+    return _backward(dy, x, h, weight, packed, lora_A, lora_B, bias, 1.0, needs, clients)
 
 
 def shared_forward(x, weights, packed, lora_As, lora_Bs, biases, scalings) -> tuple[list[Tensor], Tensor]:
@@ -196,12 +181,10 @@ def shared_forward(x, weights, packed, lora_As, lora_Bs, biases, scalings) -> tu
     M, columns = x.shape[0], rank_columns(lora_As)
     ys = [x.new_empty(M, weight.shape[0]) for weight in weights]
     h = x.new_empty(M, columns[-1].stop)
-    call = _Call(x, None)
-    for y, weight, form, A, B, bias, s, own in zip(
-        ys, weights, packed, lora_As, lora_Bs, biases, scalings, columns, strict=True
-    ):
-        call.add(form, weight, weight.shape[0], A, B, s, y, h[:, own], bias)
-    call.run()
+    x, lora_As, lora_Bs = _rows(x), [A.float() for A in lora_As], [B.float() for B in lora_Bs]
+    biases = [bias if bias is None else bias.float().contiguous() for bias in biases]
+    lists = (packed, weights, lora_As, lora_Bs, scalings, ys, columns, biases)
+    _run(x, [_projection(f, W, W.shape[0], A, B, s, y, h[:, own], b) for f, W, A, B, s, y, own, b in zip(*lists, strict=True)], None)
     return ys, h
 
 
@@ -211,14 +194,15 @@ def shared_backward(dys, x, h, weights, packed, lora_As, lora_Bs, biases, scalin
     dx = dys[0].new_empty(M, K) if need_x else None
     dh = dys[0].new_empty(M, columns[-1].stop)
     grads: list[Tensor | None] = [dx]
+    x = None if x is None else _rows(x)
     for p, (dy, weight, form, A, B, bias, s, own) in enumerate(
         zip(dys, weights, packed, lora_As, lora_Bs, biases, scalings, columns, strict=True)
     ):
         _, need_A, need_B, need_bias = needs[1 + 4 * p : 5 + 4 * p]
+        dy, down, up = _rows(dy), B.float().mT, A.float().mT
         if need_x or need_A:
-            call = _Call(dy, None)
-            call.add(form if need_x else None, weight, K, B.mT, A.mT, s, dx, dh[:, own])
-            call.run(accumulate=need_x and p > 0)
+            projection = _projection(form if need_x else None, weight, K, down, up, s, dx, dh[:, own])
+            _run(dy, [projection], None, accumulate=need_x and p > 0)
         dA = _gradient(dh[:, own], x, s, torch.empty(A.shape), False, None) if need_A else None
         dB = _gradient(h[:, own], dy, s, torch.empty(B.shape), True, None) if need_B else None
         grads += [None, dA, dB, dy.sum(0, dtype=torch.float32) if need_bias else None]

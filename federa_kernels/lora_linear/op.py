@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .._checks import check_device, check_float, check_shape, failure
+from .._checks import FLOATS, check_device, check_float, check_shape, failure
 from . import cpu, reference
 from .segments import Segments
 
@@ -57,6 +57,20 @@ def path_of(rows: Tensor, packed: Sequence[Tensor | None], ranks: Sequence[int],
         return "triton" if kernels and all(kernels.takes(rows, rank) for rank in ranks) else "reference"
     ready = rows.device.type == "cpu" and all(form is not None for form in packed)
     return "cpu" if ready and cpu.takes(rows, ranks) else "reference"
+
+
+def path_for(weight: Tensor, rank: int, rows: torch.dtype) -> str:
+    """In words, which implementation takes rows of this dtype and a frozen weight where it is, and why."""
+    if weight.device.type == "cuda":
+        kernels = triton_kernels()
+        if kernels is None:
+            return "PyTorch: triton is not installed"
+        taken = kernels.takes(weight.new_empty(0, dtype=rows), rank)
+        return "Triton: fused" if taken else f"PyTorch: Triton's kernels do not take {rows} of rank {rank} here"
+    if rank > cpu.MAX_RANK:
+        return f"PyTorch: the kernels take ranks up to {cpu.MAX_RANK}, this is {rank}"
+    why = cpu.why_not(rows, weight)
+    return f"PyTorch: {why}" if why else cpu.describe(rows, weight)
 
 
 def _cast(dtype: torch.dtype, tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
@@ -157,6 +171,10 @@ def _shared_owners(first: Tensor, *lists: Sequence[Tensor | None]) -> list[Tenso
     return [first, *(tensor for each in zip(*lists, strict=True) for tensor in each)]
 
 
+# Looked up once: a layer's call costs as much as small products do.
+_fwd_op, _bwd_op = torch.ops.federa.lora_linear_fwd.default, torch.ops.federa.lora_linear_bwd.default
+
+
 @torch.library.register_fake("federa::lora_linear_fwd")
 def _fwd_fake(x, weight, packed, lora_A, lora_B, bias, scaling):
     M = x.shape[0]
@@ -197,25 +215,30 @@ def _shared_bwd_fake(dys, x, h, weights, packed, lora_As, lora_Bs, biases, scali
 
 
 def _rows(tensor: Tensor) -> Tensor:
-    return tensor.reshape(-1, tensor.shape[-1])
+    return tensor if tensor.dim() == 2 else tensor.reshape(-1, tensor.shape[-1])
+
+
+def _shaped(y: Tensor, x: Tensor) -> Tensor:
+    """Rows y in the leading dimensions of x; no view to autograd, so that the caller may write into it."""
+    return torch.ops.aten._unsafe_view.default(y, [*x.shape[:-1], y.shape[-1]])
 
 
 class _LoraLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, forward_form, backward_form, lora_A, lora_B, bias, scaling):
         rows = _rows(x)
-        y, h = torch.ops.federa.lora_linear_fwd(rows, weight, forward_form, lora_A, lora_B, bias, scaling)
+        y, h = _fwd_op(rows, weight, forward_form, lora_A, lora_B, bias, scaling)
         _, need_weight, _, _, need_A, need_B, *_ = ctx.needs_input_grad
         saved_x, saved_h = rows if need_weight or need_A else None, h if need_B else None
         ctx.save_for_backward(saved_x, saved_h, weight, backward_form, lora_A, lora_B, bias)
         ctx.scaling = scaling
-        return y.view(*x.shape[:-1], y.shape[-1])
+        return y if rows is x else _shaped(y, x)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
         needs = [ctx.needs_input_grad[i] for i in (0, 1, 4, 5, 6)]
-        found = iter(torch.ops.federa.lora_linear_bwd(_rows(dy), *ctx.saved_tensors, ctx.scaling, needs))
+        found = iter(_bwd_op(_rows(dy), *ctx.saved_tensors, ctx.scaling, needs))
         dx, dW, dA, dB, db = (next(found) if need else None for need in needs)
         return None if dx is None else dx.view(*dy.shape[:-1], dx.shape[-1]), dW, None, None, dA, dB, db, None
 
@@ -252,7 +275,7 @@ class _LoraLinearShared(torch.autograd.Function):
         saved = (weights, backward_forms, As, Bs, biases)
         ctx.save_for_backward(rows if keep_x else None, h if keep_h else None, *(t for one in saved for t in one))
         ctx.scalings = scalings
-        return tuple(y.view(*x.shape[:-1], y.shape[-1]) for y in ys)
+        return tuple(_shaped(y, x) for y in ys)
 
     @staticmethod
     @once_differentiable
@@ -272,7 +295,26 @@ class _LoraLinearShared(torch.autograd.Function):
         return None, None if dx is None else dx.view(*dys[0].shape[:-1], dx.shape[-1]), *flat
 
 
+def _fits(x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None) -> bool:
+    """Whether `_check` has nothing to say, in a fifth of its time: layers are called hundreds of times a step."""
+    if weight.dim() != 2 or x.dim() == 0:
+        return False
+    (N, K), R = weight.shape, lora_A.shape[0] if lora_A.dim() else -1
+    others = (weight, lora_A, lora_B) if bias is None else (weight, lora_A, lora_B, bias)
+    device = x.device
+    return (
+        x.shape[-1] == K
+        and lora_A.shape == (R, K)
+        and lora_B.shape == (N, R)
+        and (bias is None or bias.shape == (N,))
+        and x.dtype in FLOATS
+        and all(t.dtype in FLOATS and t.device == device for t in others)
+    )
+
+
 def _check(op: str, x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None) -> None:
+    if _fits(x, weight, lora_A, lora_B, bias):
+        return
     check_shape(op, "weight", weight, N=None, K=None)
     N, K = weight.shape
     if x.dim() == 0 or x.shape[-1] != K:
@@ -317,7 +359,7 @@ def _check_clients(
 def _compute_dtype(x: Tensor) -> torch.dtype:
     """As F.linear has it: autocast decides, except over float64, which it leaves alone."""
     device = x.device.type
-    if x.dtype == torch.float64 or not torch.is_autocast_enabled(device):
+    if x.dtype == torch.float64 or device == "meta" or not torch.is_autocast_enabled(device):
         return x.dtype
     return torch.get_autocast_dtype(device)
 
@@ -357,12 +399,13 @@ def lora_linear(
     """
     weight, frozen = _unfrozen(weight)
     _check("lora_linear", x, weight, lora_A, lora_B, bias)
-    x = x.to(_compute_dtype(x))
+    dtype = _compute_dtype(x)
+    x = x if dtype == x.dtype else x.to(dtype)
     trains = _trains(x, weight, lora_A, lora_B, bias)
     forms = frozen.forms(x.dtype, trains and x.requires_grad) if frozen else (None, None)
     if trains:
         return _LoraLinear.apply(x, weight, *forms, lora_A, lora_B, bias, scaling)
-    y, _ = torch.ops.federa.lora_linear_fwd(_rows(x), weight, forms[0], lora_A, lora_B, bias, scaling)
+    y, _ = _fwd_op(_rows(x), weight, forms[0], lora_A, lora_B, bias, scaling)
     return y.view(*x.shape[:-1], y.shape[-1])
 
 

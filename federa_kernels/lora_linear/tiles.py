@@ -27,6 +27,8 @@ class Tiles:
     down        h = x A^T; no BN, all of R at once
     grad        the passes over dy and x that give dh, dB and dA; BN columns of dy or x, no BK
     splits      how many programs share the K of one tile of h
+    one_pass    dh and dB from one pass over dy. Beyond rank 32 its parts of dh would weigh more than a second pass, and
+                on Ampere, whose tensor cores take both operands from registers, it spills
     chunk       rows after which a pass over dy or x starts a new partial gradient
     on_the_fly  h inside the product, where it has few columns: one launch and one read of x less
     """
@@ -35,23 +37,20 @@ class Tiles:
     down: Tile
     grad: Tile
     splits: int
+    one_pass: bool
     chunk: int
     on_the_fly: bool
 
 
 # Generation -> tiles from the largest to the smallest; the first that gives every multiprocessor a program is taken.
 GEMM = {
-    80: (Tile(128, 128, 32, 4, 4), Tile(64, 128, 32, 4, 4), Tile(64, 64, 32, 4, 4)),
+    80: (Tile(128, 128, 32, 8, 4), Tile(64, 128, 32, 4, 4), Tile(64, 64, 32, 4, 4)),
     90: (Tile(128, 256, 64, 8, 3), Tile(128, 128, 64, 8, 4), Tile(64, 128, 64, 4, 4), Tile(64, 64, 64, 4, 4)),
-    100: (Tile(128, 256, 64, 8, 3), Tile(128, 128, 64, 4, 4), Tile(128, 64, 64, 4, 4)),
+    100: (Tile(128, 256, 64, 8, 3), Tile(128, 128, 64, 8, 4), Tile(128, 64, 64, 4, 4)),
 }
-SAFE_GEMM = (Tile(64, 64, 32, 4, 3),)  # 24 KB of shared memory: fits every GPU that Triton runs on
-FLOAT32_GEMM = (
-    Tile(64, 64, 16, 4, 2),
-    Tile(32, 32, 16, 4, 2),
-)  # full precision: no tensor cores, operands in registers
-DOWN, FLOAT32_DOWN = Tile(64, 0, 128, 4, 3), Tile(32, 0, 32, 4, 2)
-GRAD, FLOAT32_GRAD = Tile(64, 128, 0, 4, 3), Tile(32, 32, 0, 4, 2)
+SAFE_GEMM = (Tile(64, 64, 32, 4, 3),)
+FLOAT32_GEMM = (Tile(64, 64, 16, 8, 2), Tile(32, 32, 16, 4, 2))  # full precision: no tensor cores, operands in registers
+FLOAT32_DOWN, FLOAT32_GRAD = Tile(32, 0, 32, 4, 2), Tile(32, 32, 0, 4, 2)
 MULTIPROCESSORS = {80: 108, 90: 132, 100: 148}
 GENERATIONS = {80: 80, 90: 90, 100: 100, 103: 100}  # others, consumer GPUs among them, have less shared memory
 
@@ -59,17 +58,20 @@ GENERATIONS = {80: 80, 90: 90, 100: 100, 103: 100}  # others, consumer GPUs amon
 def pick_tiles(M: int, N: int, K: int, R: int, dtype: torch.dtype, arch: int) -> Tiles:
     """Tiles for (M,K) x (N,K)^T with rank R on compute capability `arch` (90 for 9.0); any value gets a safe choice."""
     generation = GENERATIONS.get(arch)
-    full = dtype == torch.float32
+    full, wide = dtype == torch.float32, R > 32
     programs = MULTIPROCESSORS.get(generation, 64)
-    down, grad = (FLOAT32_DOWN, FLOAT32_GRAD) if full else (DOWN, GRAD)
     candidates = FLOAT32_GEMM if full else GEMM.get(generation, SAFE_GEMM)
     gemm = next((t for t in candidates if _tiles(M, t.BM) * _tiles(N, t.BN) >= programs), candidates[-1])
+    down = FLOAT32_DOWN if full else Tile(64, 0, 64 if generation else 32, 8 if wide else 4, 4)
+    slab = 256 if generation == 90 and not wide else 128
+    grad = FLOAT32_GRAD if full else Tile(64, slab, 0, 8, 3)
     # Two programs a multiprocessor keep enough loads in flight; parts of fewer than 256 columns or rows do not pay.
-    splits = min(max(1, 2 * programs // _tiles(M, down.BM)), max(1, K // 256))
+    splits = min(max(1, 2 * programs // _tiles(M, down.BM)), max(1, K // 256), 4)
     chunks = min(max(1, 2 * programs // _tiles(min(N, K), grad.BN)), max(1, M // 256))
     chunk = _tiles(_tiles(M, chunks), grad.BM) * grad.BM
+    one_pass = not full and not wide and generation in (90, 100)
     on_the_fly = not full and R <= 16 and N * K <= 2**20
-    return Tiles(gemm, down, grad, splits, max(chunk, grad.BM), on_the_fly)
+    return Tiles(gemm, down, grad, splits, one_pass, chunk, on_the_fly)
 
 
 def _tiles(size: int, tile: int) -> int:

@@ -26,6 +26,8 @@ from .reference import rank_columns
 from .tiles import Tile, Tiles, pick_tiles
 
 MAX_RANK = 128
+MAX_PARTS = 4  # that a product sums as it starts; more are summed before
+EARLY_RANK = 32  # above it the low-rank step would hold too many registers through the long loop
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Triton 3.10 no longer fuses multiply and add unless asked.
 OPTIONS = {"enable_fp_fusion": True}
@@ -71,57 +73,58 @@ def _rank_of(c, ranks, R: tl.constexpr):
 
 
 @triton.jit
-def _sum_parts(parts, S, M, m, r, mask, stride):
-    """Rows m and columns r of the sum over s of parts[s] (M,stride), float32."""
-    parts += m[:, None] * stride + r[None, :]
-    total = tl.load(parts, mask=mask, other=0.0)
-    for _ in range(1, S):
+def _sum_parts(parts, S: tl.constexpr, M, at, mask, stride):
+    """Elements `at` of the sum over s of parts[s] (M,stride), float32."""
+    total = tl.load(parts + at, mask=mask, other=0.0)
+    for _ in tl.static_range(1, S):
         parts += M.to(tl.int64) * stride
-        total += tl.load(parts, mask=mask, other=0.0)
+        total += tl.load(parts + at, mask=mask, other=0.0)
     return total
 
 
-@triton.jit(do_not_specialize=["M", "C", "depth"])
+@triton.jit(do_not_specialize=["M", "C", "steps"])
 def _down_kernel(
-    x, lora_A, parts, offsets, ranks, M, K, C, depth, stride_x, stride_c, stride_r, stride_k,
+    x, lora_A, parts, offsets, scalings, ranks, scale, M, K, C, steps, stride_x, stride_c, stride_r, stride_k,
     R: tl.constexpr, RP: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
-    """parts[s] (M,R) = x A^T over the columns [s depth, s depth + depth) of x (M,K) and A (R,K) or (C,R,K).
+    """parts[i] (M,R) = s x A^T over the i-th `steps` times BK columns of x (M,K) and A (R,K) or (C,R,K).
 
-    Zero at and beyond a client's rank. EVEN: K and depth are multiples of BK.
+    Zero beyond a client's rank. EVEN: K is a multiple of BK.
     """
     start = tl.program_id(0) * BM
     stop = tl.minimum(start + BM, M)
-    left = tl.program_id(1) * depth
-    right = tl.minimum(left + depth, K)
-    m = start + tl.arange(0, BM)
-    m64 = m.to(tl.int64)
-    k = left + tl.arange(0, BK)
-    r = tl.arange(0, RP)
+    left = tl.program_id(1) * steps * BK
+    right = tl.minimum(left + steps * BK, K)
+    m, k, r = tl.arange(0, BM), tl.arange(0, BK), tl.arange(0, RP)
+    x_at = m[:, None] * stride_x + k[None, :]
+    A_at = r[None, :] * stride_r + k[:, None] * stride_k
+    h_at = m[:, None] * R + r[None, :]
+    x += start.to(tl.int64) * stride_x + left
+    lora_A += left.to(tl.int64) * stride_k
+    parts += (tl.program_id(1) * M.to(tl.int64) + start) * R
     first, last = _clients_of(start, stop, offsets, C)
     for c in range(first, last + 1):
         begin, end = _rows_of(c, start, stop, offsets)
         rank = _rank_of(c, ranks, R)
-        mine = (m >= begin) & (m < end)
+        mine = (start + m >= begin) & (start + m < end)
         known = r < rank
-        x_at = x + m64[:, None] * stride_x + k[None, :]
-        A_at = lora_A + r[None, :].to(tl.int64) * stride_r + k[:, None] * stride_k
+        x_tiles, A_tiles = x, lora_A
         if offsets is not None:
-            A_at += tl.cast(c, tl.int64) * stride_c
+            A_tiles += tl.cast(c, tl.int64) * stride_c
         h = tl.zeros((BM, RP), tl.float32)
         for at in range(left, right, BK):
             if EVEN:
-                x_tile = tl.load(x_at, mask=mine[:, None], other=0.0)
-                A_tile = tl.load(A_at, mask=known[None, :], other=0.0)
+                x_tile = tl.load(x_tiles + x_at, mask=mine[:, None], other=0.0)
+                A_tile = tl.load(A_tiles + A_at, mask=known[None, :], other=0.0)
             else:
-                inside = at + tl.arange(0, BK) < right
-                x_tile = tl.load(x_at, mask=mine[:, None] & inside[None, :], other=0.0)
-                A_tile = tl.load(A_at, mask=known[None, :] & inside[:, None], other=0.0)
+                inside = at + k < right
+                x_tile = tl.load(x_tiles + x_at, mask=mine[:, None] & inside[None, :], other=0.0)
+                A_tile = tl.load(A_tiles + A_at, mask=known[None, :] & inside[:, None], other=0.0)
             h = tl.dot(x_tile, A_tile.to(x_tile.dtype), h, input_precision="ieee")
-            x_at += BK
-            A_at += BK * stride_k
-        h_at = parts + (tl.program_id(1) * M.to(tl.int64) + m64)[:, None] * R + r[None, :]
-        tl.store(h_at, h, mask=mine[:, None] & (r < R)[None, :])
+            x_tiles += BK
+            A_tiles += BK * stride_k
+        s = scale if scalings is None else tl.load(scalings + c)
+        tl.store(parts + h_at, h * s, mask=mine[:, None] & (r < R)[None, :])
 
 
 @triton.jit
@@ -136,93 +139,111 @@ def _tile_of(M, N, BM: tl.constexpr, BN: tl.constexpr, GROUP: tl.constexpr):
 
 
 @triton.jit
-def _factor(factor, scaling, c, r, n, rank, in_n, stride_c, stride_r, stride_n, dtype: tl.constexpr):
-    """s B^T (RP,BN) of client c in the dtype of the product, scaled in float32 and rounded once."""
-    at = factor + c * stride_c + r.to(tl.int64)[:, None] * stride_r + n[None, :] * stride_n
-    tile = tl.load(at, mask=(r < rank)[:, None] & in_n[None, :], other=0.0)
+def _factor(factor, scaling, r, n, rank, in_n, stride_r, stride_n, dtype: tl.constexpr):
+    """Components r and columns n of s B^T (R,N), scaled in float32 and rounded once to the dtype of the product."""
+    at = r[:, None] * stride_r + n[None, :] * stride_n
+    tile = tl.load(factor + at, mask=(r < rank)[:, None] & in_n[None, :], other=0.0)
     return (tile.to(tl.float32) * scaling).to(dtype)
+
+
+@triton.jit
+def _product(
+    acc, wide, rows, weight, lora_A, D, in_m, in_n, m, n, r, stride_rows, stride_d, stride_n, R: tl.constexpr,
+    BK: tl.constexpr, EVEN: tl.constexpr, ON_THE_FLY: tl.constexpr,
+):  # fmt: skip
+    """acc + rows (BM,D) weight (D,BN) and, with ON_THE_FLY, wide + rows lora_A^T, lora_A (R,D)."""
+    d = tl.arange(0, BK)
+    rows_at = m[:, None] * stride_rows + d[None, :]
+    weight_at = d[:, None] * stride_d + n[None, :] * stride_n
+    for at in range(0, D, BK):
+        if EVEN:
+            rows_tile = tl.load(rows + rows_at, mask=in_m[:, None], other=0.0)
+            weight_tile = tl.load(weight + weight_at, mask=in_n[None, :], other=0.0)
+        else:
+            inside = at + d < D
+            rows_tile = tl.load(rows + rows_at, mask=in_m[:, None] & inside[None, :], other=0.0)
+            weight_tile = tl.load(weight + weight_at, mask=in_n[None, :] & inside[:, None], other=0.0)
+        acc = tl.dot(rows_tile, weight_tile.to(rows_tile.dtype), acc, input_precision="ieee")
+        if ON_THE_FLY:
+            A_at = r[None, :] * D + d[:, None]
+            A_tile = tl.load(lora_A + A_at, mask=(r < R)[None, :] & (at + d < D)[:, None], other=0.0)
+            wide = tl.dot(rows_tile, A_tile.to(rows_tile.dtype), wide, input_precision="ieee")
+            lora_A += BK
+        rows += BK
+        weight += BK * stride_d
+    return acc, wide
 
 
 @triton.jit(do_not_specialize=["M", "C"])
 def _gemm_kernel(
     out, low, rows, weights, downs, factors, bias, offsets, scalings, ranks, scale, M, N, C,
-    D, S, stride_rows, stride_wd, stride_wn, stride_down, stride_fc, stride_fr, stride_fn, stride_low, stride_bias,
-    P: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, ON_THE_FLY: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, EVEN: tl.constexpr, GROUP: tl.constexpr,
+    D, stride_rows, stride_wd, stride_wn, stride_down, stride_fc, stride_fr, stride_fn, stride_low, stride_bias,
+    P: tl.constexpr, S: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, RS: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    EVEN: tl.constexpr, EARLY: tl.constexpr, ON_THE_FLY: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """out (M,N) = sum over p < P of rows[p] weights[p] + s low[p] factors[p], + bias; tuples have one entry each p.
+    """out (M,N) = sum over p < P of rows[p] weights[p] + s low[p] factors[p], + bias; tuples have an entry for each p.
 
     rows[p] (M,D[p]), weights[p] (D[p],N), factors[p] (R[p],N) or (C,R,N), bias (N,) or (C,N) or None.
-    downs[p] (S[p],M,stride_down[p]) holds low[p] in parts; with ON_THE_FLY it is the factor (R,D) that makes low from rows.
-    low (M, sum of R), or None: where the first column of programs leaves low[p] for later, side by side.
+    downs[p] (S[p],M,stride_down[p]) holds low[p] in parts; with ON_THE_FLY it is the lora_A (R,D) that makes it of rows.
+    low (M, sum of R) or None: where the first column of programs leaves low[p] for later, side by side.
+    EARLY, for one adapter: loads of the low-rank step are issued before the long loop, which hides their wait; else the
+    step takes RS components at a time, so that registers do not grow with the rank.
     """
     dtype: tl.constexpr = out.dtype.element_ty
     tile_m, tile_n = _tile_of(M, N, BM, BN, GROUP)
-    start = tile_m * BM
+    start, left = tile_m * BM, tile_n * BN
     stop = tl.minimum(start + BM, M)
-    m = start + tl.arange(0, BM)
-    n = tile_n * BN + tl.arange(0, BN)
-    in_m, in_n = m < M, n < N
-    m, n = m.to(tl.int64), n.to(tl.int64)
-    r = tl.arange(0, RP)
+    m, n, r = tl.arange(0, BM), tl.arange(0, BN), tl.arange(0, RS)
+    in_m, in_n = start + m < M, left + n < N
+    row, column = start.to(tl.int64), left.to(tl.int64)
+    low_at = m[:, None] * stride_low + r[None, :]
+    if low is not None:
+        low += row * stride_low
     acc = tl.zeros((BM, BN), tl.float32)
-    columns = 0
     for p in tl.static_range(P):
-        d = tl.arange(0, BK)
-        rows_at = rows[p] + m[:, None] * stride_rows[p] + d[None, :]
-        weight_at = weights[p] + d[:, None] * stride_wd[p] + n[None, :] * stride_wn[p]
-        if offsets is None:
-            # Asked for before the long loop and used after it: the loop hides the wait.
-            factor = _factor(factors[p], scale[p], 0, r, n, R[p], in_n, 0, stride_fr[p], stride_fn[p], dtype)
-            if ON_THE_FLY:
-                down_at = downs[p] + r.to(tl.int64)[None, :] * D[p] + d[:, None]
-                wide = tl.zeros((BM, RP), tl.float32)
-            else:
+        factor = factors[p] + column * stride_fn[p]
+        down = downs[p] if ON_THE_FLY else downs[p] + row * stride_down[p]
+        down_at = m[:, None] * stride_down[p] + r[None, :]
+        if EARLY:
+            factor_tile = _factor(factor, scale[p], r, n, R[p], in_n, stride_fr[p], stride_fn[p], dtype)
+            if not ON_THE_FLY:
                 known = in_m[:, None] & (r < R[p])[None, :]
-                h = _sum_parts(downs[p], S[p], M, m, r, known, stride_down[p]).to(dtype)
-        for at in range(0, D[p], BK):
-            if EVEN:
-                rows_tile = tl.load(rows_at, mask=in_m[:, None], other=0.0)
-                weight_tile = tl.load(weight_at, mask=in_n[None, :], other=0.0)
-            else:
-                inside = at + d < D[p]
-                rows_tile = tl.load(rows_at, mask=in_m[:, None] & inside[None, :], other=0.0)
-                weight_tile = tl.load(weight_at, mask=in_n[None, :] & inside[:, None], other=0.0)
-            acc = tl.dot(rows_tile, weight_tile.to(dtype), acc, input_precision="ieee")
-            if ON_THE_FLY:
-                down_tile = tl.load(down_at, mask=(r < R[p])[None, :] & (at + d < D[p])[:, None], other=0.0)
-                wide = tl.dot(rows_tile, down_tile.to(dtype), wide, input_precision="ieee")
-                down_at += BK
-            rows_at += BK
-            weight_at += BK * stride_wd[p]
-        if offsets is None:
+                h = _sum_parts(down, S[p], M, down_at, known, stride_down[p]).to(dtype)
+        acc, wide = _product(
+            acc, tl.zeros((BM, RS), tl.float32), rows[p] + row * stride_rows[p], weights[p] + column * stride_wn[p], down,
+            D[p], in_m, in_n, m, n, r, stride_rows[p], stride_wd[p], stride_wn[p], R[p], BK, EVEN, ON_THE_FLY,
+        )  # fmt: skip
+        if EARLY:
             if ON_THE_FLY:
                 h = wide.to(dtype)
-            acc = tl.dot(h, factor, acc, input_precision="ieee")
+            acc = tl.dot(h, factor_tile, acc, input_precision="ieee")
             if low is not None and tile_n == 0:
-                low_at = low + m[:, None] * stride_low + columns + r[None, :]
-                tl.store(low_at, h, mask=in_m[:, None] & (r < R[p])[None, :])
+                tl.store(low + low_at, h, mask=in_m[:, None] & (r < R[p])[None, :])
         else:
             first, last = _clients_of(start, stop, offsets, C)
             for c in range(first, last + 1):
                 begin, end = _rows_of(c, start, stop, offsets)
+                mine = (start + m >= begin) & (start + m < end)
                 rank = _rank_of(c, ranks, R[p])
-                mine = (m >= begin) & (m < end)
-                s = tl.load(scalings + c) if scalings is not None else 1.0
-                c = tl.cast(c, tl.int64)
-                factor = _factor(factors[p], s, c, r, n, rank, in_n, stride_fc[p], stride_fr[p], stride_fn[p], dtype)
-                known = mine[:, None] & (r < rank)[None, :]
-                h = _sum_parts(downs[p], S[p], M, m, r, known, stride_down[p]).to(dtype)
-                acc = tl.dot(h, factor, acc, input_precision="ieee")
-                if low is not None and tile_n == 0:
-                    low_at = low + m[:, None] * stride_low + r[None, :]
-                    tl.store(low_at, h, mask=mine[:, None] & (r < R[p])[None, :])
+                s = scale[p] if scalings is None else tl.load(scalings + c)
+                own = factor + tl.cast(c, tl.int64) * stride_fc[p]
+                for at in tl.range(0, RP, RS, num_stages=1):
+                    known = mine[:, None] & (at + r < rank)[None, :]
+                    h = _sum_parts(down + at, S[p], M, down_at, known, stride_down[p]).to(dtype)
+                    factor_tile = _factor(own, s, at + r, n, rank, in_n, stride_fr[p], stride_fn[p], dtype)
+                    acc = tl.dot(h, factor_tile, acc, input_precision="ieee")
+                    if low is not None and tile_n == 0:
+                        tl.store(low + at + low_at, h, mask=mine[:, None] & (at + r < R[p])[None, :])
                 if bias is not None and stride_bias != 0:
-                    own = tl.load(bias + c * stride_bias + n, mask=in_n, other=0.0).to(tl.float32)
-                    acc += tl.where(mine[:, None], own[None, :], 0.0)
-        columns += R[p]
+                    own_bias = bias + tl.cast(c, tl.int64) * stride_bias + column + n
+                    own_bias = tl.load(own_bias, mask=in_n, other=0.0).to(tl.float32)
+                    acc += tl.where(mine[:, None], own_bias[None, :], 0.0)
+        if low is not None:
+            low += R[p]
     if bias is not None and stride_bias == 0:
-        acc += tl.load(bias + n, mask=in_n, other=0.0).to(tl.float32)[None, :]
+        acc += tl.load(bias + column + n, mask=in_n, other=0.0).to(tl.float32)[None, :]
+    out += row * N + column
     tl.store(out + m[:, None] * N + n[None, :], acc.to(dtype), mask=in_m[:, None] & in_n[None, :])
 
 
@@ -240,10 +261,10 @@ def _dy_kernel(
     """
     start = tl.program_id(1) * chunk
     stop = tl.minimum(start + chunk, M)
-    n = tl.program_id(0) * BN + tl.arange(0, BN)
-    r = tl.arange(0, RP)
-    in_n = n < N
-    n = n.to(tl.int64)
+    left = tl.program_id(0) * BN
+    m, n, r = tl.arange(0, BM), tl.arange(0, BN), tl.arange(0, RP)
+    in_n, in_r = left + n < N, r < R
+    left = left.to(tl.int64)
     first, last = _clients_of(start, stop, offsets, C)
     for c in range(first, last + 1):
         begin, end = _rows_of(c, start, stop, offsets)
@@ -251,32 +272,31 @@ def _dy_kernel(
         s = scale if scalings is None else tl.load(scalings + c)
         piece = (tl.program_id(1) + c).to(tl.int64) * stride_piece
         if dh_parts is not None:
-            B_at = lora_B + n[:, None] * stride_n + r[None, :] * stride_r
-            if offsets is not None:
-                B_at += tl.cast(c, tl.int64) * stride_c
-            B_tile = tl.load(B_at, mask=in_n[:, None] & known[None, :], other=0.0).to(dy.dtype.element_ty)
-        dB = tl.zeros((BN, RP), tl.float32)
+            B_own = lora_B + left * stride_n + tl.cast(c, tl.int64) * stride_c
+            B_at = n[:, None] * stride_n + r[None, :] * stride_r
+            B_tile = tl.load(B_own + B_at, mask=in_n[:, None] & known[None, :], other=0.0).to(dy.dtype.element_ty)
+        dB = tl.zeros((RP, BN), tl.float32)
         db = tl.zeros((BN,), tl.float32)
         for row in range(begin, end, BM):
-            m = row + tl.arange(0, BM)
-            in_m = m < end
-            m = m.to(tl.int64)
-            dy_tile = tl.load(dy + m[:, None] * stride_dy + n[None, :], mask=in_m[:, None] & in_n[None, :], other=0.0)
+            in_m = row + m < end
+            at = tl.cast(row, tl.int64)
+            dy_at = m[:, None] * stride_dy + n[None, :]
+            dy_tile = tl.load(dy + at * stride_dy + left + dy_at, mask=in_m[:, None] & in_n[None, :], other=0.0)
             if dB_pieces is not None:
-                h_at = h + m[:, None] * stride_h + r[None, :]
-                h_tile = tl.load(h_at, mask=in_m[:, None] & known[None, :], other=0.0)
-                dB = tl.dot(tl.trans(dy_tile), h_tile, dB, input_precision="ieee")
+                h_at = m[:, None] * stride_h + r[None, :]
+                h_tile = tl.load(h + at * stride_h + h_at, mask=in_m[:, None] & known[None, :], other=0.0)
+                dB = tl.dot(tl.trans(h_tile), dy_tile, dB, input_precision="ieee")
             if db_pieces is not None:
                 db += tl.sum(dy_tile.to(tl.float32), 0)
             if dh_parts is not None:
                 dh = tl.dot(dy_tile, B_tile, input_precision="ieee") * s
-                dh_at = dh_parts + (tl.program_id(0) * M.to(tl.int64) + m)[:, None] * R + r[None, :]
-                tl.store(dh_at, dh, mask=in_m[:, None] & (r < R)[None, :])
+                dh_own = dh_parts + (tl.program_id(0) * M.to(tl.int64) + at) * R
+                tl.store(dh_own + m[:, None] * R + r[None, :], dh, mask=in_m[:, None] & in_r[None, :])
         if dB_pieces is not None:
-            dB_at = dB_pieces + piece + n[:, None] * R + r[None, :]
-            tl.store(dB_at, dB * s, mask=in_n[:, None] & (r < R)[None, :])
+            dB_at = r[:, None] + n[None, :] * R
+            tl.store(dB_pieces + piece + left * R + dB_at, dB * s, mask=in_r[:, None] & in_n[None, :])
         if db_pieces is not None:
-            tl.store(db_pieces + piece + n, db, mask=in_n)
+            tl.store(db_pieces + piece + left + n, db, mask=in_n)
 
 
 @triton.jit(do_not_specialize=["M", "C", "chunk"])
@@ -290,22 +310,23 @@ def _dA_kernel(
     """
     start = tl.program_id(1) * chunk
     stop = tl.minimum(start + chunk, M)
-    k = tl.program_id(0) * BN + tl.arange(0, BN)
-    r = tl.arange(0, RP)
-    in_k, in_r = k < K, r < R
+    left = tl.program_id(0) * BN
+    m, k, r = tl.arange(0, BM), tl.arange(0, BN), tl.arange(0, RP)
+    in_k, in_r = left + k < K, r < R
     first, last = _clients_of(start, stop, offsets, C)
     for c in range(first, last + 1):
         begin, end = _rows_of(c, start, stop, offsets)
         dA = tl.zeros((RP, BN), tl.float32)
         for row in range(begin, end, BM):
-            m = row + tl.arange(0, BM)
-            in_m = m < end
-            m = m.to(tl.int64)
-            x_tile = tl.load(x + m[:, None] * stride_x + k[None, :], mask=in_m[:, None] & in_k[None, :], other=0.0)
-            dh_tile = tl.load(dh + m[None, :] * R + r[:, None], mask=in_m[None, :] & in_r[:, None], other=0.0)
+            in_m = row + m < end
+            at = tl.cast(row, tl.int64)
+            x_at = m[:, None] * stride_x + k[None, :]
+            x_tile = tl.load(x + at * stride_x + left + x_at, mask=in_m[:, None] & in_k[None, :], other=0.0)
+            dh_at = m[None, :] * R + r[:, None]
+            dh_tile = tl.load(dh + at * R + dh_at, mask=in_m[None, :] & in_r[:, None], other=0.0)
             dA = tl.dot(dh_tile, x_tile, dA, input_precision="ieee")
         piece = (tl.program_id(1) + c).to(tl.int64) * stride_piece
-        tl.store(dA_pieces + piece + r[:, None] * K + k[None, :], dA, mask=in_r[:, None] & in_k[None, :])
+        tl.store(dA_pieces + piece + left + r[:, None] * K + k[None, :], dA, mask=in_r[:, None] & in_k[None, :])
 
 
 @triton.jit(do_not_specialize=["M", "C", "chunk"])
@@ -373,18 +394,17 @@ def _launch(kernel: Any, grid: tuple[int, ...], tile: Tile, *arguments: Any, **c
         kernel[grid](*arguments, **constants, num_warps=tile.warps, num_stages=tile.stages, **OPTIONS)
 
 
-def _down(x: Tensor, lora_A: Tensor, segments: Segmented, tiles: Tiles) -> Tensor:
-    """h = x A^T in parts (splits, M, R) float32."""
+def _down(x: Tensor, lora_A: Tensor, segments: Segmented, tiles: Tiles, scaling: float = 1.0) -> Tensor:
+    """s x A^T in parts (splits, M, R) float32."""
     (M, K), R, tile = x.shape, lora_A.shape[-2], tiles.down
-    depth = triton.cdiv(triton.cdiv(K, tiles.splits), tile.BK) * tile.BK
-    splits = triton.cdiv(K, depth)
+    steps = triton.cdiv(triton.cdiv(K, tiles.splits), tile.BK)
+    splits = triton.cdiv(K, steps * tile.BK)
     parts = x.new_empty((splits, M, R), dtype=torch.float32)
-    offsets, _, ranks = segments
     strides = (0, *lora_A.stride())[-3:]
-    sizes = (M, K, _clients(offsets), depth, x.stride(0), *strides)
+    sizes = (scaling, M, K, _clients(segments[0]), steps, x.stride(0), *strides)
     constants = {"R": R, "RP": _padded(R), "BM": tile.BM, "BK": tile.BK, "EVEN": K % tile.BK == 0}
     grid = (triton.cdiv(M, tile.BM), splits)
-    _launch(_down_kernel, grid, tile, x, lora_A, parts, offsets, ranks, *sizes, **constants)
+    _launch(_down_kernel, grid, tile, x, lora_A, parts, *segments, *sizes, **constants)
     return parts
 
 
@@ -404,7 +424,6 @@ def _gemm(
     strides = [(0, *factor.stride())[-3:] for factor in factors]
     arguments = (
         *(out, low, rows, weights, downs, factors, bias, *segments, scalings, M, N, C, D),
-        tuple(down.shape[0] for down in downs),
         tuple(t.stride(0) for t in rows),
         *zip(*(weight.stride() for weight in weights), strict=True),
         tuple(down.stride(-2) for down in downs),
@@ -412,9 +431,12 @@ def _gemm(
         0 if low is None else low.stride(0),
         N if bias is not None and bias.dim() == 2 else 0,
     )
+    RP = _padded(max(R))
+    early = segments[0] is None and len(terms) == 1 and RP <= EARLY_RANK
     constants = {
-        **{"P": len(terms), "R": R, "RP": _padded(max(R)), "ON_THE_FLY": on_the_fly, "GROUP": 8},
+        **{"P": len(terms), "S": tuple(down.shape[0] for down in downs), "R": R, "RP": RP, "RS": RP if early else 16},
         **{"BM": tile.BM, "BN": tile.BN, "BK": tile.BK, "EVEN": all(d % tile.BK == 0 for d in D)},
+        **{"EARLY": early, "ON_THE_FLY": on_the_fly, "GROUP": 8},
     }
     _launch(_gemm_kernel, (triton.cdiv(M, tile.BM) * triton.cdiv(N, tile.BN),), tile, *arguments, **constants)
 
@@ -451,8 +473,8 @@ def _forward(x, weight, lora_A, lora_B, bias, scaling, segments, tiles):
     (M, K), N, R = x.shape, weight.shape[0], lora_A.shape[-2]
     tiles = tiles or pick_tiles(M, N, K, R, x.dtype, _arch(x.device))
     x, y, h = _contiguous_rows(x), x.new_empty((M, N)), x.new_empty((M, R))
-    on_the_fly = tiles.on_the_fly and segments is ONE
-    down = lora_A.contiguous() if on_the_fly else _down(x, lora_A, segments, tiles)
+    on_the_fly = tiles.on_the_fly and segments is ONE and R <= 16
+    down = lora_A.contiguous()[None] if on_the_fly else _down(x, lora_A, (segments[0], None, segments[2]), tiles)
     term = _Term(x, weight.t(), down, lora_B.transpose(-1, -2), scaling)
     bias = bias if bias is None else bias.contiguous()
     _gemm(y, [term], tiles.gemm, low=h, bias=bias, segments=segments, on_the_fly=on_the_fly)
@@ -569,18 +591,20 @@ def _backward(dys, x, h, weights, lora_As, lora_Bs, scalings, segments, bias, ne
 
 
 def _over_dy(dy, h, lora_B, need_dh, own, scaling, segments, tiles):
-    """One pass over dy: fills `own`, the pieces of dB and db or None, and returns dh in parts (slabs, M, R) or None."""
+    """Fills `own`, the pieces of dB and db or None, and returns dh in parts (., M, R) or None: one pass over dy or two."""
     (M, N), R, tile = dy.shape, lora_B.shape[-1], tiles.grad
     slabs, chunks = triton.cdiv(N, tile.BN), max(1, triton.cdiv(M, tiles.chunk))
-    dh_parts = dy.new_empty((slabs, M, R), dtype=torch.float32) if need_dh else None
     pieces = [t for t in own if t is not None]
-    if not need_dh and not pieces:
-        return None
-    strides = (dy.stride(0), 0 if h is None else h.stride(0), *(0, *lora_B.stride())[-3:])
-    sizes = (scaling, M, N, _clients(segments[0]), tiles.chunk, *strides, pieces[0].stride(0) if pieces else 0)
-    constants = {"R": R, "RP": _padded(R), "BM": tile.BM, "BN": tile.BN}
-    _launch(_dy_kernel, (slabs, chunks), tile, dy, h, lora_B, dh_parts, *own, *segments, *sizes, **constants)
-    return dh_parts
+    one_pass = need_dh and pieces and tiles.one_pass
+    dh_parts = dy.new_empty((slabs, M, R), dtype=torch.float32) if one_pass else None
+    if pieces:
+        strides = (dy.stride(0), 0 if h is None else h.stride(0), *(0, *lora_B.stride())[-3:], pieces[0].stride(0))
+        sizes = (scaling, M, N, _clients(segments[0]), tiles.chunk, *strides)
+        constants = {"R": R, "RP": _padded(R), "BM": tile.BM, "BN": tile.BN}
+        _launch(_dy_kernel, (slabs, chunks), tile, dy, h, lora_B, dh_parts, *own, *segments, *sizes, **constants)
+    if need_dh and not one_pass:
+        dh_parts = _down(dy, lora_B.transpose(-1, -2), segments, tiles, scaling)
+    return dh_parts if dh_parts is None or dh_parts.shape[0] <= MAX_PARTS else dh_parts.sum(0, keepdim=True)
 
 
 def _over_x(x, dh, dA_pieces, offsets, tiles):

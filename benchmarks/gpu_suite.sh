@@ -1,0 +1,81 @@
+#!/usr/bin/env bash
+# Everything that needs a GPU, in one command of at most 9 minutes: correctness, compute-sanitizer, benchmarks, figures.
+#   benchmarks/gpu_suite.sh [--dry-run]
+# Needs torch >= 2.11 with CUDA, triton, peft, matplotlib, pytest and hypothesis; no network. PYTHON names the
+# interpreter. A step that fails or runs past its limit stops no later one; the exit status is 1 if any did. Records go
+# to benchmarks/results/ and, with the figures and all output, to $OUT where that is set.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+python=${PYTHON:-python3}
+dry=
+case "${1:-}" in
+  --dry-run) dry=1 ;;
+  "") ;;
+  *) echo "usage: benchmarks/gpu_suite.sh [--dry-run]" >&2; exit 2 ;;
+esac
+export PYTHONUNBUFFERED=1
+sanitizer=$(command -v compute-sanitizer || find /usr/local -name compute-sanitizer -type f 2> /dev/null | head -n 1)
+out=${OUT:-$(mktemp -d)}
+results=()
+failed=0
+total=0
+
+# step NAME SECONDS COMMAND...: runs it within its time, keeps its output
+step() {
+  local name=$1 limit=$2 status=0 start=$SECONDS
+  shift 2
+  if [ -n "$dry" ]; then
+    printf '%-13s %4d s  %s\n' "$name" "$limit" "$*"
+    total=$((total + limit))
+    return
+  fi
+  echo "== $name, at most $limit s: $*" | tee -a "$out/gpu_suite.log"
+  timeout --kill-after=5 "$limit" "$@" > "$out/step.log" 2>&1 || status=$?
+  tail -n 12 "$out/step.log"
+  cat "$out/step.log" >> "$out/gpu_suite.log"
+  cp benchmarks/results/*-cuda.jsonl "$out" 2> /dev/null # at once: a later step may be the last
+  if [ "$status" -ne 0 ]; then failed=1; fi
+  case $status in
+    0) results+=("ok     $name $((SECONDS - start)) s") ;;
+    124 | 137) results+=("LATE   $name: past $limit s") ;;
+    *) results+=("FAILED $name: status $status after $((SECONDS - start)) s") ;;
+  esac
+}
+
+# skip NAME REASON
+skip() {
+  if [ -n "$dry" ]; then printf '%-13s skipped: %s\n' "$1" "$2"; else results+=("skip   $1: $2"); fi
+}
+
+step device 20 "$python" -c 'import torch, triton; print(torch.__version__, triton.__version__, torch.cuda.get_device_name())'
+if command -v nvcc > /dev/null && "$python" -c "import pybind11" 2> /dev/null; then
+  step build 45 "$python" setup.py build_ext --inplace
+else
+  skip build "nvcc or pybind11 is not installed; Triton needs neither"
+fi
+step correctness 130 "$python" -m pytest -q --maxfail=20 --no-header -p no:cacheprovider -m gpu tests/federa_kernels tests/benchmarks
+if [ -n "$sanitizer" ]; then # it slows a test tenfold and more: the small ones
+  step sanitizer 45 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 "$sanitizer" --tool memcheck --error-exitcode 9 --target-processes all \
+    "$python" -m pytest -q -x --no-header -p no:cacheprovider -m gpu -k M37 tests/benchmarks
+else
+  skip sanitizer "compute-sanitizer is not installed"
+fi
+step lora_linear 140 "$python" -m benchmarks lora_linear --device cuda --record --budget 115
+step clients 40 "$python" -m benchmarks lora_linear_clients --device cuda --record --budget 25
+step compiled 45 "$python" -m benchmarks lora_linear --device cuda --record --compile --only RoBERTa-M8192 --budget 25
+if [ -e benchmarks/truncated_svd.py ]; then
+  step truncated_svd 45 "$python" -m benchmarks truncated_svd --device cuda --record
+else
+  skip truncated_svd "benchmarks/truncated_svd.py is not there"
+fi
+step plot 15 "$python" -m benchmarks plot
+step targets 10 "$python" -m benchmarks targets
+if [ -n "$dry" ]; then
+  printf '%-13s %4d s\n' "at most" "$total"
+  exit 0
+fi
+
+rm -f "$out/step.log"
+tar czf "$out/gpu_suite.tar.gz" README.md benchmarks/results benchmarks/plots || failed=1
+printf '%s\n' "== summary, files in $out" "${results[@]}" | tee -a "$out/gpu_suite.log"
+exit "$failed"
