@@ -124,6 +124,42 @@ inline __m512 load_floats(const void* source, Kind kind, Index offset, __mmask16
     return widened(_mm256_maskz_loadu_epi16(mask, static_cast<const bf16*>(source) + offset));
 }
 
+// Rows to columns, in place.
+inline void transpose(__m512i rows[16]) {
+    __m512i t[16];
+    for (int i = 0; i < 16; i += 2) {
+        t[i] = _mm512_unpacklo_epi32(rows[i], rows[i + 1]);
+        t[i + 1] = _mm512_unpackhi_epi32(rows[i], rows[i + 1]);
+    }
+    for (int i = 0; i < 16; i += 4) {
+        for (int j = 0; j < 2; ++j) {
+            rows[i + 2 * j] = _mm512_unpacklo_epi64(t[i + j], t[i + j + 2]);
+            rows[i + 2 * j + 1] = _mm512_unpackhi_epi64(t[i + j], t[i + j + 2]);
+        }
+    }
+    for (int i = 0; i < 4; ++i) {
+        t[i] = _mm512_shuffle_i32x4(rows[i], rows[i + 4], 0x88);
+        t[i + 4] = _mm512_shuffle_i32x4(rows[i], rows[i + 4], 0xdd);
+        t[i + 8] = _mm512_shuffle_i32x4(rows[i + 8], rows[i + 12], 0x88);
+        t[i + 12] = _mm512_shuffle_i32x4(rows[i + 8], rows[i + 12], 0xdd);
+    }
+    for (int i = 0; i < 4; ++i) {
+        rows[i] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88);
+        rows[i + 4] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0x88);
+        rows[i + 8] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd);
+        rows[i + 12] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0xdd);
+    }
+}
+
+// 16 x 16 values from rows `stride` apart, as columns; zero beyond `rows` and `columns`.
+inline void load_columns(const void* source, Kind kind, Index stride, Index rows, Index columns, __m512 out[16]) {
+    __m512i lines[16];
+    for (Index i = 0; i < 16; ++i)
+        lines[i] = _mm512_castps_si512(load_floats(source, kind, i * stride, i < rows ? first(columns) : 0));
+    transpose(lines);
+    for (int i = 0; i < 16; ++i) out[i] = _mm512_castsi512_ps(lines[i]);
+}
+
 // 16 values `stride` apart.
 inline __m512 gather_floats(const void* source, Kind kind, Index offset, Index stride, Index count) {
     if (stride == 1) return load_floats(source, kind, offset, first(count));
@@ -159,31 +195,24 @@ void split_rows(const void* x, Kind kind, Index x_stride, Index rows, Index dept
     }
 }
 
-// One step of a panel: [plane][half][16 pairs (d, d + 16) of depth][16 columns][2].
+// One step of a panel, 32 deep: [plane][half][16 pairs (d, d + 16) of depth][16 columns][2], in `halves` of 16 columns.
 void pack_step(const void* source, Kind kind, Index columns, Index column_stride, Index depth, Index depth_stride,
-               bf16* out) {
-    const int planes = planes_of(kind);
-    alignas(64) float block[SIDE][SIDE];  // [depth][column]
-    for (Index i = 0; i < SIDE; ++i) {
-        for (Index half = 0; half < 2; ++half) {
-            if (depth_stride == 1 && column_stride != 1) {  // read along the depth, written across
-                const Index left = i < columns ? depth - half * 16 : 0;
-                alignas(64) float values[16];
-                _mm512_store_ps(values, load_floats(source, kind, i * column_stride + half * 16, first(left)));
-                for (Index j = 0; j < 16; ++j) block[half * 16 + j][i] = values[j];
-            } else {
-                const Index left = i < depth ? columns - half * 16 : 0;
-                const Index at = i * depth_stride + half * 16 * column_stride;
-                _mm512_store_ps(block[i] + half * 16, gather_floats(source, kind, at, column_stride, left));
-            }
+               int planes, Index halves, bf16* out) {
+    const Index width = kind == Kind::float32 ? 4 : 2;
+    for (Index half = 0; half < halves; ++half) {
+        const auto* own = static_cast<const unsigned char*>(source) + half * 16 * column_stride * width;
+        const Index left = columns - half * 16;
+        __m512 rows[SIDE];  // of depth
+        if (depth_stride == 1 && column_stride != 1) {
+            load_columns(own, kind, column_stride, left, depth, rows);
+            load_columns(own + 16 * width, kind, column_stride, left, depth - 16, rows + 16);
+        } else {
+            for (Index d = 0; d < SIDE; ++d)
+                rows[d] = gather_floats(own, kind, d * depth_stride, column_stride, d < depth ? left : 0);
         }
-    }
-    for (Index half = 0; half < 2; ++half) {
         for (Index pair = 0; pair < 16; ++pair) {
-            const __m512 first = _mm512_load_ps(block[pair] + half * 16);
-            const __m512 second = _mm512_load_ps(block[pair + 16] + half * 16);
-            __m512i parts[3] = {paired(first, second)};  // of bfloat16s
-            if (planes == 3) split(first, second, parts);
+            __m512i parts[3] = {paired(round_to_bf16(rows[pair]), round_to_bf16(rows[pair + 16]))};
+            if (planes == 3) split(rows[pair], rows[pair + 16], parts);
             for (int plane = 0; plane < planes; ++plane)
                 _mm512_storeu_si512(out + (plane * 2 + half) * TILE + pair * 32, parts[plane]);
         }
@@ -199,18 +228,24 @@ void pack_up(const float* up, Index columns, Index column_stride, Index rank, In
         const Index left = columns - half * 16, end = groups * padded_rank;
         for (Index at = end; at < blocks(end, SIDE) * SIDE; at += 2)
             _mm512_storeu_si512(out + (at / 32 * 2 + half) * TILE + at % 32 / 2 * 32, _mm512_setzero_si512());
-        for (Index r = 0; r < padded_rank; r += 2) {
-            const auto scaled = [&](Index r) {
-                if (r >= rank) return _mm512_setzero_ps();
-                return _mm512_mul_ps(s, gather_floats(own, Kind::float32, r * rank_stride, column_stride, left));
-            };
-            const __m512 even = scaled(r), odd = scaled(r + 1);
-            __m512i parts[3] = {paired(round_to_bf16(even), round_to_bf16(odd))};
-            if (groups > 1) split(even, odd, parts);
-            for (int group = 0; group < groups; ++group) {
-                const Index at = group * padded_rank + r;
-                _mm512_storeu_si512(out + (at / 32 * 2 + half) * TILE + at % 32 / 2 * 32,
-                                    parts[groups > 1 ? UP_PLANE[group] : 0]);
+        for (Index block = 0; block < padded_rank; block += 16) {
+            __m512 components[16];
+            if (rank_stride == 1)
+                load_columns(own + block, Kind::float32, column_stride, left, rank - block, components);
+            else
+                for (Index r = 0; r < 16; ++r)
+                    components[r] = gather_floats(own, Kind::float32, (block + r) * rank_stride, column_stride,
+                                                  block + r < rank ? left : 0);
+            for (Index r = block; r < std::min(block + 16, padded_rank); r += 2) {
+                const __m512 even = _mm512_mul_ps(s, components[r - block]);
+                const __m512 odd = _mm512_mul_ps(s, components[r - block + 1]);
+                __m512i parts[3] = {paired(round_to_bf16(even), round_to_bf16(odd))};
+                if (groups > 1) split(even, odd, parts);
+                for (int group = 0; group < groups; ++group) {
+                    const Index at = group * padded_rank + r;
+                    _mm512_storeu_si512(out + (at / 32 * 2 + half) * TILE + at % 32 / 2 * 32,
+                                        parts[groups > 1 ? UP_PLANE[group] : 0]);
+                }
             }
         }
     }
@@ -363,28 +398,56 @@ void read_corner(float* buffer, Index rows, Index columns, Kind kind, const void
 // 16 components of 32 rows of h, as tiles of their transpose: [plane][16 components][16 pairs (m, m + 16) of rows].
 void transpose_h(const void* h, Kind kind, Index h_stride, Index rows, Index components, bf16* out) {
     const int planes = planes_of(kind);
+    __m512 upper[16], lower[16];
+    load_columns(h, kind, h_stride, rows, components, upper);
+    load_columns(static_cast<const unsigned char*>(h) + 16 * h_stride * (kind == Kind::float32 ? 4 : 2), kind, h_stride,
+                 rows - 16, components, lower);
     for (Index r = 0; r < 16; ++r) {
-        const Index left = r < components ? rows : 0;
-        const __m512 first_half = gather_floats(h, kind, r, h_stride, left);
-        const __m512 second_half = gather_floats(h, kind, r + 16 * h_stride, h_stride, left - 16);
-        __m512i parts[3] = {paired(first_half, second_half)};
-        if (planes == 3) split(first_half, second_half, parts);
+        __m512i parts[3] = {paired(upper[r], lower[r])};
+        if (planes == 3) split(upper[r], lower[r], parts);
         for (int plane = 0; plane < planes; ++plane) _mm512_storeu_si512(out + plane * TILE + r * 32, parts[plane]);
     }
 }
 
+// A tile of sums [16 components][16 columns] -> memory, scaled.
+void store_gradient(const float* sums, float scaling, Index components, Index columns, float* out, Index rank_stride,
+                    Index column_stride) {
+    __m512i rows[16];
+    for (Index r = 0; r < 16; ++r)
+        rows[r] = _mm512_castps_si512(_mm512_mul_ps(_mm512_set1_ps(scaling), _mm512_loadu_ps(sums + r * 16)));
+    if (column_stride == 1) {
+        for (Index r = 0; r < std::min<Index>(16, components); ++r)
+            _mm512_mask_storeu_ps(out + r * rank_stride, first(columns), _mm512_castsi512_ps(rows[r]));
+    } else if (rank_stride == 1) {
+        transpose(rows);
+        for (Index k = 0; k < std::min<Index>(16, columns); ++k)
+            _mm512_mask_storeu_ps(out + k * column_stride, first(components), _mm512_castsi512_ps(rows[k]));
+    } else {
+        alignas(64) float values[256];
+        for (Index r = 0; r < 16; ++r) _mm512_store_si512(values + r * 16, rows[r]);
+        for (Index r = 0; r < std::min<Index>(16, components); ++r)
+            for (Index k = 0; k < std::min<Index>(16, columns); ++k)
+                out[r * rank_stride + k * column_stride] = values[r * 16 + k];
+    }
+}
+
 // 32 rows and 32 columns of x, paired along the rows: [plane][half][16 pairs (m, m + 16) of rows][16 columns][2].
-void split_columns(const void* x, Kind kind, Index x_stride, Index rows, Index columns, bf16* out) {
-    const int planes = planes_of(kind);
+template <bool WHOLE, int PLANES>
+void split_columns(const void* x, Index x_stride, Index rows, Index columns, bf16* out) {
+    constexpr Kind kind = PLANES == 3 ? Kind::float32 : Kind::bfloat16;
+    constexpr Index width = PLANES == 3 ? 4 : 2;
     for (Index pair = 0; pair < 16; ++pair) {
         for (Index half = 0; half < 2; ++half) {
-            const __mmask16 mask = first(columns - half * 16);
-            const Index at = pair * x_stride + half * 16;
-            const __m512 upper = load_floats(x, kind, at, pair < rows ? mask : 0);
-            const __m512 lower = load_floats(x, kind, at + 16 * x_stride, pair + 16 < rows ? mask : 0);
+            const __mmask16 mask = WHOLE ? 0xffff : first(columns - half * 16);
+            const auto* upper_row = static_cast<const unsigned char*>(x) + (pair * x_stride + half * 16) * width;
+            const auto* lower_row = upper_row + 16 * x_stride * width;
+            const __m512 upper = load_floats(upper_row, kind, 0, WHOLE || pair < rows ? mask : 0);
+            const __m512 lower = load_floats(lower_row, kind, 0, WHOLE || pair + 16 < rows ? mask : 0);
+            _mm_prefetch(upper_row + SIDE * x_stride * width, _MM_HINT_T1);  // of the next 32 rows
+            _mm_prefetch(lower_row + SIDE * x_stride * width, _MM_HINT_T1);
             __m512i parts[3] = {paired(upper, lower)};
-            if (planes == 3) split(upper, lower, parts);
-            for (int plane = 0; plane < planes; ++plane)
+            if constexpr (PLANES == 3) split(upper, lower, parts);
+            for (int plane = 0; plane < PLANES; ++plane)
                 _mm512_store_si512(out + (plane * 2 + half) * TILE + pair * 32, parts[plane]);
         }
     }
@@ -428,9 +491,13 @@ void gradient_rows(const bf16* h_tiles, Index rank_blocks, const void* x, Kind k
     alignas(64) bf16 tiles[2][12 * TILE];
     const int planes = planes_of(kind);
     const auto split_next = [&](Index k) {
-        for (Index half = 0; half < 2; ++half, k += SIDE)
-            split_columns(static_cast<const unsigned char*>(x) + k * (kind == Kind::float32 ? 4 : 2), kind, x_stride,
-                          rows, columns - k, tiles[k / 64 % 2] + half * planes * 2 * TILE);
+        for (Index half = 0; half < 2; ++half, k += SIDE) {
+            const bool whole = rows >= SIDE && columns - k >= SIDE;
+            const auto split_by = planes == 3 ? (whole ? split_columns<true, 3> : split_columns<false, 3>)
+                                              : (whole ? split_columns<true, 1> : split_columns<false, 1>);
+            split_by(static_cast<const unsigned char*>(x) + k * (planes == 3 ? 4 : 2), x_stride, rows, columns - k,
+                     tiles[k / 64 % 2] + half * planes * 2 * TILE);
+        }
     };
     split_next(0);
     for (Index k = 0; k < columns; k += 64, sums += rank_blocks * 1024) {
@@ -502,21 +569,13 @@ struct Share {
 void pack_adapter(const Job& job, const Projection& p, Index client, bool is_up, bf16* out) {
     const Index rank = std::min<Index>(p.rank, job.clients.ranks[client]);
     if (!is_up) {
+        // A bfloat16 x meets a down-projection rounded to bfloat16. Halves that no component reaches are never read.
         const float* down = p.down + client * p.down_client;
-        const Index step_size = planes_of(job.kind) * 2 * TILE;
+        const int planes = planes_of(job.kind);
         for (Index r = 0; r < p.rank; r += SIDE)
-            for (Index k = 0; k < job.depth; k += SIDE, out += step_size) {
-                // A bfloat16 x meets a down-projection rounded to bfloat16: one plane, from floats.
-                if (job.kind == Kind::float32) {
-                    pack_step(down + r * p.down_rank + k * p.down_depth, Kind::float32, rank - r, p.down_rank,
-                              job.depth - k, p.down_depth, out);
-                } else {
-                    alignas(64) bf16 parts[3 * 2 * TILE];
-                    pack_step(down + r * p.down_rank + k * p.down_depth, Kind::float32, rank - r, p.down_rank,
-                              job.depth - k, p.down_depth, parts);
-                    std::memcpy(out, parts, 2 * TILE * sizeof(bf16));
-                }
-            }
+            for (Index k = 0; k < job.depth; k += SIDE, out += planes * 2 * TILE)
+                pack_step(down + r * p.down_rank + k * p.down_depth, Kind::float32, rank - r, p.down_rank,
+                          job.depth - k, p.down_depth, planes, blocks(std::min(SIDE, p.rank - r), 16), out);
     } else {
         const float* up = p.up + client * p.up_client;
         for (Index n = 0; n < p.columns; n += SIDE, out += job.up_steps(p) * 2 * TILE)
@@ -693,7 +752,7 @@ void pack(const void* source, Kind kind, Index columns, Index column_stride, Ind
         const Index n = panel * SIDE;
         for (Index step = 0; step < steps; ++step)
             pack_step(at(source, kind, n * column_stride + step * SIDE * depth_stride), kind, columns - n,
-                      column_stride, depth - step * SIDE, depth_stride,
+                      column_stride, depth - step * SIDE, depth_stride, planes_of(kind), 2,
                       static_cast<bf16*>(packed) + (panel * steps + step) * step_size);
     });
 }
@@ -757,11 +816,13 @@ void low_rank_gradient(const void* h, Index h_stride, Index rank, const void* x,
         release_tiles();
         float* own = gradient + client * client_stride + from * column_stride;
         const float s = scaling * clients.scalings[client];
-        for (Index k = 0; k < width; ++k) {
-            const float* column = sums + k / 64 * rank_blocks * 1024 + k % 64 / 16 * 256 + k % 16;
-            for (Index r = 0; r < rank; ++r)
-                own[r * rank_stride + k * column_stride] =
-                    r < own_rank ? s * column[r / 16 * 1024 + r % 16 * 16] : 0.0f;
+        for (Index k = 0; k < width; k += 16) {
+            float* to = own + k * column_stride;
+            for (Index r = 0; r < own_rank; r += 16)
+                store_gradient(sums + ((k / 64 * rank_blocks + r / 16) * 4 + k % 64 / 16) * 256, s, own_rank - r,
+                               width - k, to + r * rank_stride, rank_stride, column_stride);
+            for (Index r = own_rank; r < rank; ++r)
+                for (Index j = 0; j < std::min<Index>(16, width - k); ++j) to[r * rank_stride + j * column_stride] = 0;
         }
     });
 }

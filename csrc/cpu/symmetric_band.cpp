@@ -5,6 +5,13 @@
 #include <limits>
 #include <numeric>
 
+// A copy of the function for each instruction set, chosen when the module is loaded.
+#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__)
+#define FEDERA_CLONES __attribute__((target_clones("avx512f", "avx2", "default")))
+#else
+#define FEDERA_CLONES
+#endif
+
 namespace federa {
 namespace {
 
@@ -73,6 +80,19 @@ void implicit_ql(std::vector<double>& d, std::vector<double>& e, std::vector<Rot
         }
 }
 
+// vectors (m, count) <- the rotations, last one first, times vectors
+FEDERA_CLONES void apply_in_reverse(const Rotation* rotations, long turns, long count, double* vectors) {
+    for (long turn = turns - 1; turn >= 0; --turn) {
+        const double c = rotations[turn].c, s = rotations[turn].s;
+        double* __restrict upper = vectors + rotations[turn].i * count;
+        double* __restrict lower = vectors + rotations[turn].j * count;
+        for (long i = 0; i < count; ++i) {
+            const double u = upper[i], l = lower[i];
+            upper[i] = c * u + s * l, lower[i] = c * l - s * u;
+        }
+    }
+}
+
 }  // namespace
 
 void leading_eigenpairs(std::vector<double>& H, long m, long width, long count, double* values, double* vectors,
@@ -90,13 +110,7 @@ void leading_eigenpairs(std::vector<double>& H, long m, long width, long count, 
     std::fill(vectors, vectors + m * count, 0.0);
     for (long i = 0; i < m; ++i) values[i] = d[order[i]];
     for (long i = 0; i < count; ++i) vectors[order[i] * count + i] = 1;
-    for (auto turn = rotations.rbegin(); turn != rotations.rend(); ++turn) {
-        double *upper = vectors + turn->i * count, *lower = vectors + turn->j * count;
-        for (long i = 0; i < count; ++i) {
-            const double u = upper[i], l = lower[i];
-            upper[i] = turn->c * u + turn->s * l, lower[i] = turn->c * l - turn->s * u;
-        }
-    }
+    apply_in_reverse(rotations.data(), static_cast<long>(rotations.size()), count, vectors);
 }
 
 }  // namespace federa

@@ -30,7 +30,7 @@ static inline void sum4(const float __attribute__((vector_size(16))) a, const fl
                         float* out) {
     for (int lane = 0; lane < 4; ++lane) out[0] += a[lane], out[1] += b[lane], out[2] += c[lane], out[3] += d[lane];
 }
-#include "cpu/truncated_svd_products.inc"
+#include "cpu/truncated_svd_products.h"
 }  // namespace plain
 #undef LANES
 #undef PANEL
@@ -50,7 +50,7 @@ static inline void sum4(__m256 a, __m256 b, __m256 c, __m256 d, float* out) {
     const __m128 sums = _mm_add_ps(_mm256_castps256_ps128(all), _mm256_extractf128_ps(all, 1));
     _mm_storeu_ps(out, _mm_add_ps(_mm_loadu_ps(out), sums));
 }
-#include "cpu/truncated_svd_products.inc"
+#include "cpu/truncated_svd_products.h"
 }  // namespace avx2
 #undef LANES
 #undef PANEL
@@ -76,7 +76,7 @@ static inline void sum4(__m512 a, __m512 b, __m512 c, __m512 d, float* out) {
     const __m128 sums = _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
     _mm_storeu_ps(out, _mm_add_ps(_mm_loadu_ps(out), sums));
 }
-#include "cpu/truncated_svd_products.inc"
+#include "cpu/truncated_svd_products.h"
 }  // namespace avx512
 #undef LANES
 #undef PANEL
@@ -90,7 +90,12 @@ static inline void sum4(__m512 a, __m512 b, __m512 c, __m512 d, float* out) {
 struct Products {
     decltype(&plain::fused) fused;
     decltype(&plain::combine) combine;
+    decltype(&plain::dot) dot;
+    decltype(&plain::outer) outer;
+    decltype(&plain::turn) turn;
 };
+
+#define FEDERA_PRODUCTS(set) Products{&set::fused, &set::combine, &set::dot, &set::outer, &set::turn}
 
 bool has(const char* feature) {
     for (const auto& [name, there] : cpu_features())
@@ -101,10 +106,10 @@ bool has(const char* feature) {
 const Products& products() {
     static const Products chosen = [] {
 #if defined(__x86_64__)
-        if (has("avx512f") && has("avx512bw")) return Products{&avx512::fused, &avx512::combine};
-        if (has("avx2") && has("fma")) return Products{&avx2::fused, &avx2::combine};
+        if (has("avx512f") && has("avx512bw")) return FEDERA_PRODUCTS(avx512);
+        if (has("avx2") && has("fma")) return FEDERA_PRODUCTS(avx2);
 #endif
-        return Products{&plain::fused, &plain::combine};
+        return FEDERA_PRODUCTS(plain);
     }();
     return chosen;
 }
@@ -117,7 +122,8 @@ struct Rows {  // float32 rows on cache lines, zero beyond their length
     float* data = nullptr;
     std::unique_ptr<float[]> memory;
 
-    Rows(long count, long length) : stride(padded(length)), memory(new float[count * padded(length) + PAD]) {
+    // One line more than needed: rows 16 KB apart would all want the same places in L1.
+    Rows(long count, long length) : stride(padded(length) + PAD), memory(new float[count * (padded(length) + PAD) + PAD]) {
         data = memory.get() + (-(reinterpret_cast<std::uintptr_t>(memory.get()) / sizeof(float)) & (PAD - 1));
     }
     float* operator[](long row) { return data + row * stride; }
@@ -133,19 +139,12 @@ float uniform(std::uint64_t seed, std::uint64_t index) {
     return static_cast<float>((static_cast<double>(x >> 40) + 0.5) * 0x1p-23 - 1);
 }
 
-double dot(const float* a, const float* b, long length) {
-    double sums[8] = {};
-    for (long k = 0; k < length; k += 8)  // rows are padded
-        for (int lane = 0; lane < 8; ++lane) sums[lane] += static_cast<double>(a[k + lane]) * b[k + lane];
-    return ((sums[0] + sums[4]) + (sums[1] + sums[5])) + ((sums[2] + sums[6]) + (sums[3] + sums[7]));
-}
-
 // Cholesky-QR of b rows of length K: rows <- L^-1 rows, R = L^T (b, b) row-major. A row of nothing gets R_jj = 0.
 void orthonormalise(float* rows, long stride, long b, std::vector<double>& R) {
     std::vector<double> L(b * b, 0.0), inverse(b * b, 0.0);
     double longest = 0;
     for (long i = 0; i < b; ++i)
-        for (long j = 0; j <= i; ++j) L[i * b + j] = dot(rows + i * stride, rows + j * stride, stride);
+        for (long j = 0; j <= i; ++j) L[i * b + j] = products().dot(rows + i * stride, rows + j * stride, stride);
     for (long i = 0; i < b; ++i) longest = std::max(longest, L[i * b + i]);
     const double floor = 1e-14 * longest + 1e-150;
     for (long j = 0; j < b; ++j) {
@@ -270,7 +269,7 @@ private:
         next_block(locked, seed, B);
         H.assign(room * 2 * b, 0.0);
         dots.resize((locked + room + b) * b);
-        long have = 0, checked = 0, check = std::min(room, padded(std::max(rank + 1, 4 * rank + 4 * b), b));
+        long have = 0, checked = 0, check = std::min(room, padded(3 * rank + 4 * b, b));
         double before = 1;
         while (true) {
             float* Q = basis[locked + have];
@@ -297,9 +296,11 @@ private:
                 take(locked, have);
                 return bound <= task.goal;
             }
-            const double slope = checked ? std::log(std::max(before / bound, 1.2)) * b / (have - checked) : std::log(1.6);
-            const long steps = static_cast<long>(std::log(bound / task.goal) / slope + 0.5);
-            check = std::min(room, have + b * std::max(1L, std::min(6L, steps)));
+            // With blocks of 4 the bound falls 3 to 8 times a block. A test costs as much as 3 blocks of 768x768: small
+            // matrices rather take a block too many.
+            const double slope = checked ? std::max(std::log(before / bound) * b / (have - checked), 1.1) : 1.4;
+            const double steps = std::log(bound / task.goal) / slope + (task.N * task.K > 1000000 ? 0.3 : 0.8);
+            check = std::min(room, have + b * std::max(1L, static_cast<long>(std::min(steps, 8.0))));
             checked = have, before = bound;
         }
     }
@@ -354,12 +355,8 @@ private:
         products().fused(task.A, N, K, task.lda, V.data, V.stride, image.data, image.stride, wide, 1, W.data());
         task.matvecs += 2 * rank;
         task.following = following;
-        std::vector<double> gram(rank * rank, 0.0), row(rank), Z(rank * rank), S2(rank);
-        for (long n = 0; n < N; ++n) {
-            for (long i = 0; i < rank; ++i) row[i] = W[n * wide + i];
-            for (long i = 0; i < rank; ++i)
-                for (long j = 0; j < rank; ++j) gram[i * rank + j] += row[i] * row[j];
-        }
+        std::vector<double> gram(rank * rank, 0.0), Z(rank * rank), S2(rank);
+        products().outer(W.data(), N, rank, wide, gram.data());
         leading_eigenpairs(gram, rank, rank - 1, rank, S2.data(), Z.data(), rotations);
         if (!(S2[rank - 1] > 1e-6 * S2[0])) {  // A V is too far from orthogonal columns for this
             for (long r = 0; r < rank; ++r) std::memcpy(task.Vh + r * K, V[r], K * sizeof(float));
@@ -375,23 +372,7 @@ private:
                 scaled[i * wide + r] = static_cast<float>(Z[i * rank + r] / s);
             }
         }
-        double right = 0;
-        std::vector<float> u(rank), av(rank);
-        for (long n = 0; n < N; ++n) {
-            std::fill(u.begin(), u.end(), 0.0f);
-            std::fill(av.begin(), av.end(), 0.0f);
-            for (long i = 0; i < rank; ++i)
-                for (long r = 0; r < rank; ++r) {
-                    u[r] += W[n * wide + i] * scaled[i * wide + r];
-                    av[r] += W[n * wide + i] * turn[i * wide + r];
-                }
-            for (long r = 0; r < rank; ++r) {
-                task.U[n * rank + r] = u[r];
-                const double rest = static_cast<double>(av[r]) - static_cast<double>(u[r]) * task.S[r];
-                right += rest * rest;
-            }
-        }
-        task.right = std::sqrt(right);
+        task.right = products().turn(W.data(), N, rank, wide, scaled.data(), turn.data(), task.S, task.U);
         // basis <- V Z and A^T A V Z / s = A^T U
         basis.zero(0, 2 * wide);
         products().combine(V.data, rank, K, V.stride, turn.data(), wide, basis.data, basis.stride);
