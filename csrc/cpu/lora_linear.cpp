@@ -10,6 +10,7 @@
 #if defined(__x86_64__) && defined(__linux__) && (defined(__clang__) ? __clang_major__ >= 14 : __GNUC__ >= 11)
 #define FEDERA_TILES 1
 #include <immintrin.h>
+#include <sys/mman.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
@@ -541,6 +542,16 @@ void* at(void* base, Kind kind, Index offset) {
     return static_cast<unsigned char*>(base) + offset * (kind == Kind::float32 ? 4 : 2);
 }
 
+// A large result is fresh memory more often than not; in huge pages its first write takes half the time (2 x 6 MiB:
+// 1.4 instead of 2.9 ms, 2026-11-22). Advice only: where the system knows better, nothing happens.
+void advise_huge_pages(void* data, std::size_t size) {
+    constexpr std::uintptr_t page = 4096;
+    if (size < std::size_t{4} << 20) return;
+    const std::uintptr_t begin = (reinterpret_cast<std::uintptr_t>(data) + page - 1) / page * page;
+    const std::uintptr_t end = (reinterpret_cast<std::uintptr_t>(data) + size) / page * page;
+    madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+}
+
 // One call of low_rank_linear: what all tasks share.
 struct Job {
     const void* x;
@@ -762,7 +773,10 @@ void low_rank_linear(const void* x, Kind kind, Index rows, Index depth, Index x_
                      int threads) {
     Job job{x, kind, rows, depth, x_stride, projections, clients, accumulate, {}, {}, 0, 0};
     std::size_t size = 0;
-    for (const Projection& p : projections) size += clients.count * (job.down_size(p) + job.up_size(p));
+    for (const Projection& p : projections) {
+        if (p.packed && !accumulate) advise_huge_pages(p.out, rows * p.columns * (kind == Kind::float32 ? 4 : 2));
+        size += clients.count * (job.down_size(p) + job.up_size(p));
+    }
     thread_local Scratch adapters;
     bf16* next = adapters.take<bf16>(size);
     for (const Projection& p : projections) {
