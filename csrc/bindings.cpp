@@ -138,7 +138,7 @@ void low_rank_gradient(Address h, Index h_stride, Index rank, Address x, const p
                               client_stride, rank_stride, column_stride, threads);
 }
 
-// Of each (A, N, K, lda, rank, block, columns, goal, U, S, Vh, left): (status, ||A V - U S||, following, matvecs).
+// Of each (A, N, K, lda, rank, block, columns, goal, U, S, Vh, left): (status, ||A V - U S||, following, beyond, matvecs).
 py::list truncated_svd(const py::list& list, int threads) {
     std::vector<federa::SvdTask> tasks;
     for (const auto& each : list) {
@@ -159,7 +159,8 @@ py::list truncated_svd(const py::list& list, int threads) {
     }
     py::list results;
     for (const auto& task : tasks)
-        results.append(py::make_tuple(static_cast<int>(task.status), task.right, task.following, task.matvecs));
+        results.append(py::make_tuple(static_cast<int>(task.status), task.right, task.following, task.beyond,
+                                      task.matvecs));
     return results;
 }
 

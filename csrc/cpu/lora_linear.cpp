@@ -43,12 +43,7 @@ using Index = std::int64_t;
 constexpr Index TILE = 512;  // bfloat16s in a tile: 16 rows of 32, or 16 pairs of rows of 16
 constexpr Index SIDE = 32;   // rows, columns and depth of one step: 2 x 2 tiles of sums, 32 deep
 
-// Which planes of x and of the weight make the six products, smallest sums first; the same for h beside up.
-constexpr int GROUPS = 6;
-constexpr int H_PLANE[GROUPS] = {2, 1, 0, 1, 0, 0}, UP_PLANE[GROUPS] = {0, 1, 2, 0, 1, 0};
-
 int planes_of(Kind kind) { return kind == Kind::float32 ? 3 : 1; }
-int groups_of(Kind kind) { return kind == Kind::float32 ? GROUPS : 1; }
 Index blocks(Index size, Index block) { return (size + block - 1) / block; }
 
 struct Source {  // of a tile of sums: rows `stride` bytes apart, or zero
@@ -220,70 +215,75 @@ void pack_step(const void* source, Kind kind, Index columns, Index column_stride
     }
 }
 
-// The scaled up-projection of 32 columns, its components once for each group: tiles [half] a step of 32 components.
-void pack_up(const float* up, Index columns, Index column_stride, Index rank, Index rank_stride, float scaling,
-             Index padded_rank, int groups, bf16* out) {
+// Low-rank products are a step of depth or less: blocks of 16 components in three planes for float32, whose six products
+// take three tiles, two planes of 16 deep in each:
+//
+//     [h1 h1] [u2; u1]    [h2 h2] [u2; u1]    [h3 h1] [u1; u3]        up lies as u2, u1, u3
+//
+// and of 32 components in one plane for bfloat16.
+constexpr Index H_BLOCK = 6 * TILE, UP_BLOCK = 3 * TILE, NARROW_BLOCK = 2 * TILE;
+
+Index rank_block(Kind kind) { return kind == Kind::float32 ? 16 : 32; }
+
+// The scaled up-projection of 32 columns: [block][half][plane][pairs of components][16 columns][2].
+void pack_up(const float* up, Kind kind, Index columns, Index column_stride, Index rank, Index rank_stride,
+             Index blocks, float scaling, bf16* out) {
     const __m512 s = _mm512_set1_ps(scaling);
     for (Index half = 0; half < 2; ++half) {
         const float* own = up + half * 16 * column_stride;
-        const Index left = columns - half * 16, end = groups * padded_rank;
-        for (Index at = end; at < blocks(end, SIDE) * SIDE; at += 2)
-            _mm512_storeu_si512(out + (at / 32 * 2 + half) * TILE + at % 32 / 2 * 32, _mm512_setzero_si512());
-        for (Index block = 0; block < padded_rank; block += 16) {
+        const Index left = columns - half * 16;
+        for (Index from = 0; from < blocks * rank_block(kind); from += 16) {
             __m512 components[16];
             if (rank_stride == 1)
-                load_columns(own + block, Kind::float32, column_stride, left, rank - block, components);
+                load_columns(own + from, Kind::float32, column_stride, left, rank - from, components);
             else
                 for (Index r = 0; r < 16; ++r)
-                    components[r] = gather_floats(own, Kind::float32, (block + r) * rank_stride, column_stride,
-                                                  block + r < rank ? left : 0);
-            for (Index r = block; r < std::min(block + 16, padded_rank); r += 2) {
-                const __m512 even = _mm512_mul_ps(s, components[r - block]);
-                const __m512 odd = _mm512_mul_ps(s, components[r - block + 1]);
-                __m512i parts[3] = {paired(round_to_bf16(even), round_to_bf16(odd))};
-                if (groups > 1) split(even, odd, parts);
-                for (int group = 0; group < groups; ++group) {
-                    const Index at = group * padded_rank + r;
-                    _mm512_storeu_si512(out + (at / 32 * 2 + half) * TILE + at % 32 / 2 * 32,
-                                        parts[groups > 1 ? UP_PLANE[group] : 0]);
+                    components[r] = gather_floats(own, Kind::float32, (from + r) * rank_stride, column_stride,
+                                                  from + r < rank ? left : 0);
+            for (Index pair = 0; pair < 8; ++pair) {
+                const __m512 even = _mm512_mul_ps(s, components[2 * pair]);
+                const __m512 odd = _mm512_mul_ps(s, components[2 * pair + 1]);
+                if (kind == Kind::float32) {
+                    __m512i parts[3];
+                    split(even, odd, parts);
+                    bf16* to = out + from / 16 * UP_BLOCK + half * UP_BLOCK / 2 + pair * 32;
+                    _mm512_storeu_si512(to, parts[1]);
+                    _mm512_storeu_si512(to + TILE / 2, parts[0]);
+                    _mm512_storeu_si512(to + TILE, parts[2]);
+                } else {
+                    _mm512_storeu_si512(out + from / 32 * NARROW_BLOCK + half * TILE + from % 32 / 16 * TILE / 2 + pair * 32,
+                                        paired(round_to_bf16(even), round_to_bf16(odd)));
                 }
             }
         }
     }
 }
 
-// Finished sums [block of 16][half][16 rows][16] -> h in memory for rows from..to, and tiles of its groups for all 32.
-void finish_h(const float* sums, Index from, Index to, Index rank, Kind kind, void* h, Index h_stride,
-              Index padded_rank, Index steps, bf16* tiles) {
-    const int groups = groups_of(kind);
-    alignas(64) bf16 line[GROUPS * 128 + 64];
-    for (Index row = 0; row < SIDE; ++row) {
+// Finished sums [block of 16][half][16 rows][16] -> h in memory for rows from..to, and tiles for all 32, zero elsewhere.
+void finish_h(const float* sums, Index from, Index to, Index rank, Index blocks, Kind kind, void* h, Index h_stride,
+              bf16* tiles) {
+    const Index size = blocks * (kind == Kind::float32 ? H_BLOCK : NARROW_BLOCK);
+    if (from > 0 || to < SIDE || kind == Kind::bfloat16)
+        for (Index i = 0; i < size; i += 32) _mm512_storeu_si512(tiles + i, _mm512_setzero_si512());
+    for (Index row = from; row < to; ++row) {
         bf16* tile = tiles + row / 16 * TILE + row % 16 * 32;
-        if (row < from || row >= to) {
-            for (Index step = 0; step < steps; ++step)
-                _mm512_storeu_si512(tile + step * 2 * TILE, _mm512_setzero_si512());
-            continue;
-        }
-        _mm512_storeu_si512(line + steps * 32 - 32, _mm512_setzero_si512());
         for (Index r = 0; r < rank; r += 16) {
             const __mmask16 mask = first(rank - r);
-            const __m512 value = _mm512_maskz_loadu_ps(mask, sums + (r * 2 + row / 16 * 16 + row % 16) * 16);
-            __m256i parts[3] = {(__m256i)_mm512_cvtneps_pbh(value)};
+            const __m512 value = _mm512_maskz_loadu_ps(mask, sums + (r * 2 + row) * 16);
             if (kind == Kind::float32) {
-                const __m512 second = _mm512_sub_ps(value, round_to_bf16(value));
-                parts[0] = upper_halves(round_to_bf16(value)), parts[1] = upper_halves(round_to_bf16(second));
-                parts[2] = upper_halves(_mm512_sub_ps(second, round_to_bf16(second)));
+                const __m512 one = round_to_bf16(value), left = _mm512_sub_ps(value, one), two = round_to_bf16(left);
+                const __m256i h1 = upper_halves(one), h2 = upper_halves(two), h3 = upper_halves(_mm512_sub_ps(left, two));
+                bf16* block = tile + r / 16 * H_BLOCK;
+                _mm512_storeu_si512(block, _mm512_inserti64x4(_mm512_castsi256_si512(h1), h1, 1));
+                _mm512_storeu_si512(block + 2 * TILE, _mm512_inserti64x4(_mm512_castsi256_si512(h2), h2, 1));
+                _mm512_storeu_si512(block + 4 * TILE, _mm512_inserti64x4(_mm512_castsi256_si512(h3), h1, 1));
                 if (h) _mm512_mask_storeu_ps(static_cast<float*>(h) + row * h_stride + r, mask, value);
-            } else if (h) {
-                _mm256_mask_storeu_epi16(static_cast<bf16*>(h) + row * h_stride + r, mask, parts[0]);
+            } else {
+                const __m256i rounded = (__m256i)_mm512_cvtneps_pbh(value);
+                _mm256_storeu_si256(reinterpret_cast<__m256i*>(tile + r / 32 * NARROW_BLOCK + r % 32), rounded);
+                if (h) _mm256_mask_storeu_epi16(static_cast<bf16*>(h) + row * h_stride + r, mask, rounded);
             }
-            const __mmask16 stored = first(padded_rank - r);
-            for (int group = 0; group < groups; ++group)
-                _mm256_mask_storeu_epi16(line + group * padded_rank + r, stored,
-                                         parts[groups > 1 ? H_PLANE[group] : 0]);
         }
-        for (Index step = 0; step < steps; ++step)
-            _mm512_storeu_si512(tile + step * 2 * TILE, _mm512_loadu_si512(line + step * 32));
     }
 }
 
@@ -325,20 +325,32 @@ inline void multiply(const bf16* x, const bf16* p, Index steps) {
     }
 }
 
+// Adds the low-rank product of one share to the sums.
+inline void multiply_low_rank(Kind kind, const bf16* x, const bf16* up, Index blocks) {
+    if (kind == Kind::bfloat16) return multiply<1, 1>(x, up, blocks);
+    for (Index block = 0; block < blocks; ++block, x += H_BLOCK, up += UP_BLOCK) {
+        _tile_loadd(6, up, 64);
+        _tile_loadd(7, up + UP_BLOCK / 2, 64);
+        LOAD_X(0) PRODUCT
+        LOAD_X(1) PRODUCT
+        _tile_loadd(6, up + TILE / 2, 64);
+        _tile_loadd(7, up + UP_BLOCK / 2 + TILE / 2, 64);
+        LOAD_X(2) PRODUCT
+    }
+}
+
 // 32 x 32 sums: start, the main product, the low-rank ones, and back into four buffers or straight into `direct`.
-void block_product(int x_planes, int p_planes, const bf16* x, const bf16* p, Index steps, const Extra* extras,
-                   Index extra_count, Index extra_steps, const Source start[4], float* const stop[4], long stop_stride) {
+void block_product(Kind kind, int p_planes, const bf16* x, const bf16* p, Index steps, const Extra* extras,
+                   Index extra_count, Index rank_blocks, const Source start[4], float* const stop[4], long stop_stride) {
     stores_are_done();
 #define START(T) \
     if (start[T].data) _tile_loadd(T, start[T].data, start[T].stride); \
     else _tile_zero(T);
     START(0) START(1) START(2) START(3)
 #undef START
-    if (x_planes == 1 && p_planes == 1) multiply<1, 1>(x, p, steps);
-    else if (x_planes == 1) multiply<1, 3>(x, p, steps);
-    else if (p_planes == 1) multiply<3, 1>(x, p, steps);
-    else multiply<3, 3>(x, p, steps);
-    for (Index i = 0; i < extra_count; ++i) multiply<1, 1>(extras[i].h, extras[i].up, extra_steps);
+    if (kind == Kind::bfloat16) p_planes == 1 ? multiply<1, 1>(x, p, steps) : multiply<1, 3>(x, p, steps);
+    else p_planes == 1 ? multiply<3, 1>(x, p, steps) : multiply<3, 3>(x, p, steps);
+    for (Index i = 0; i < extra_count; ++i) multiply_low_rank(kind, extras[i].h, extras[i].up, rank_blocks);
 #define STOP(T) \
     if (stop[T]) _tile_stored(T, stop[T], stop_stride);
     STOP(0) STOP(1) STOP(2) STOP(3)
@@ -564,11 +576,16 @@ struct Job {
     Index row_block, column_groups;
 
     Index steps() const { return blocks(depth, SIDE); }
-    Index padded_rank(const Projection& p) const { return (p.rank + 1) / 2 * 2; }
-    Index up_steps(const Projection& p) const { return blocks(groups_of(kind) * padded_rank(p), SIDE); }
+    Index rank_blocks(const Projection& p) const { return blocks(p.rank, rank_block(kind)); }
+    Index up_panel(const Projection& p) const {
+        return rank_blocks(p) * (kind == Kind::float32 ? UP_BLOCK : NARROW_BLOCK);
+    }
+    Index h_tiles(const Projection& p) const {
+        return rank_blocks(p) * (kind == Kind::float32 ? H_BLOCK : NARROW_BLOCK);
+    }
     Index down_size(const Projection& p) const { return blocks(p.rank, SIDE) * steps() * planes_of(kind) * 2 * TILE; }
     Index up_size(const Projection& p) const {
-        return p.packed ? blocks(p.columns, SIDE) * up_steps(p) * 2 * TILE : 0;
+        return p.packed ? blocks(p.columns, SIDE) * up_panel(p) : 0;
     }
 };
 
@@ -589,9 +606,9 @@ void pack_adapter(const Job& job, const Projection& p, Index client, bool is_up,
                           job.depth - k, p.down_depth, planes, blocks(std::min(SIDE, p.rank - r), 16), out);
     } else {
         const float* up = p.up + client * p.up_client;
-        for (Index n = 0; n < p.columns; n += SIDE, out += job.up_steps(p) * 2 * TILE)
-            pack_up(up + n * p.up_column, p.columns - n, p.up_column, rank, p.up_rank, p.scaling * job.clients.scalings[client],
-                    job.padded_rank(p), groups_of(job.kind), out);
+        for (Index n = 0; n < p.columns; n += SIDE, out += job.up_panel(p))
+            pack_up(up + n * p.up_column, job.kind, p.columns - n, p.up_column, rank, p.up_rank, job.rank_blocks(p),
+                    p.scaling * job.clients.scalings[client], out);
     }
 }
 
@@ -622,7 +639,7 @@ class Task {
         Index sums = 0, tiles = 0;
         for (const Projection& p : job_.projections) {
             sums = std::max(sums, blocks(p.rank, 16) * 512);
-            tiles = std::max(tiles, job_.up_steps(p) * 2 * TILE);
+            tiles = std::max(tiles, job_.h_tiles(p));
         }
         const Index shares = shares_.size(), count = job_.projections.size();
         const Index strip = stretch / SIDE * planes * 2 * TILE;
@@ -665,15 +682,15 @@ class Task {
         for (Index s = 0; s < strips_; ++s)
             for (Index i = first_share_[s]; i < first_share_[s + 1]; ++i) {
                 void* out = p.h && group_ == 0 ? at(p.h, job_.kind, (begin_ + s * SIDE) * p.h_stride) : nullptr;
-                finish_h(h + i * sums, shares_[i].from, shares_[i].to, p.rank, job_.kind, out, p.h_stride,
-                         job_.padded_rank(p), job_.up_steps(p), h_tiles + i * tiles);
+                finish_h(h + i * sums, shares_[i].from, shares_[i].to, p.rank, job_.rank_blocks(p), job_.kind, out,
+                         p.h_stride, h_tiles + i * tiles);
             }
     }
 
     void product(const Projection& p, const bf16* x, Index strip, Index step, Index steps, bool begin,
                  const bf16* h_tiles, Index tiles, const bf16* up) {
         const Index p_planes = planes_of(p.kind), panels = blocks(p.columns, SIDE);
-        const Index up_panel = job_.up_steps(p) * 2 * TILE;
+        const Index up_panel = job_.up_panel(p);
         alignas(64) float starts[4][256], stops[4][256];
         std::vector<Extra> extras;
         for (Index n = group_ * panels / job_.column_groups; n < (group_ + 1) * panels / job_.column_groups; ++n) {
@@ -694,8 +711,8 @@ class Task {
                     stop[t] = direct ? static_cast<float*>(p.out) + r * p.columns + c : stops[t];
                     if (r >= end_ || c >= p.columns) stop[t] = nullptr;
                 }
-                block_product(planes_of(job_.kind), static_cast<int>(p_planes), x + s * strip, panel, steps,
-                              extras.data(), extras.size(), job_.up_steps(p), start, stop,
+                block_product(job_.kind, static_cast<int>(p_planes), x + s * strip, panel, steps,
+                              extras.data(), extras.size(), job_.rank_blocks(p), start, stop,
                               direct ? p.columns * 4 : 64);
                 for (int t = 0; t < 4 && !direct; ++t) {
                     const Index r = row + t / 2 * 16, c = column + t % 2 * 16;

@@ -92,10 +92,11 @@ struct Products {
     decltype(&plain::combine) combine;
     decltype(&plain::dot) dot;
     decltype(&plain::outer) outer;
+    decltype(&plain::row) row;
     decltype(&plain::turn) turn;
 };
 
-#define FEDERA_PRODUCTS(set) Products{&set::fused, &set::combine, &set::dot, &set::outer, &set::turn}
+#define FEDERA_PRODUCTS(set) Products{&set::fused, &set::combine, &set::dot, &set::outer, &set::row, &set::turn}
 
 bool has(const char* feature) {
     for (const auto& [name, there] : cpu_features())
@@ -176,10 +177,10 @@ void orthonormalise(float* rows, long stride, long b, std::vector<double>& R) {
             for (long j = i; j < b; ++j) R[i * b + j] = L[j * b + i];
 }
 
-double energy_bound(const double* theta, const double* coupling, double following, long rank) {
+double energy_bound(const double* theta, const double* coupling, double beyond, long rank) {
     double lost = 0, captured = 0;
     for (long i = 0; i < rank; ++i) {
-        const double gap = std::max(theta[i] - following, std::numeric_limits<double>::min());
+        const double gap = std::max(theta[i] - beyond, std::numeric_limits<double>::min());
         lost += std::min(coupling[i], coupling[i] * coupling[i] / gap);
         captured += theta[i];
     }
@@ -200,7 +201,7 @@ public:
         for (int attempt = 1; crowded(); ++attempt) {
             if (attempt > rank / b + 2) break;
             const std::vector<double> before = theta;
-            const double after = following;
+            const double after[] = {following, beyond};
             long locked = 0;
             // What was found stays in front of the basis, and the next run is orthogonal to it.
             for (; locked < rank; ++locked) std::memcpy(basis[locked], V[locked], V.stride * sizeof(float));
@@ -210,7 +211,8 @@ public:
                 task.status = SvdStatus::not_converged;
                 return;
             }
-            theta = before, following = std::max(after, std::min(theta.back(), theta_found));
+            theta = before;
+            following = std::max(after[0], std::min(theta.back(), theta_found)), beyond = std::max(after[1], beyond);
             for (long i = 0; i < rank; ++i) std::memcpy(V[i], basis[i], V.stride * sizeof(float));
             break;
         }
@@ -224,7 +226,7 @@ private:
     std::vector<double> theta, coupling, R, again, H, T, values, vectors;
     std::vector<Rotation> rotations;
     std::vector<float> dots;
-    double following = 0, theta_found = 0;
+    double following = 0, beyond = 0, theta_found = 0;
 
     // rows (b) -= basis^T basis rows over the first `known` rows of the basis
     void remove(float* rows, long known) {
@@ -269,7 +271,7 @@ private:
         next_block(locked, seed, B);
         H.assign(room * 2 * b, 0.0);
         dots.resize((locked + room + b) * b);
-        long have = 0, checked = 0, check = std::min(room, padded(3 * rank + 4 * b, b));
+        long have = 0, checked = 0, check = std::min(room, padded(4 * rank + 3 * b, b));
         double before = 1;
         while (true) {
             float* Q = basis[locked + have];
@@ -315,6 +317,7 @@ private:
         values.resize(have), vectors.resize(have * rank);
         leading_eigenpairs(T, have, b, rank, values.data(), vectors.data(), rotations);
         following = have > rank ? std::max(values[rank], 0.0) : 0;
+        beyond = have > rank + 1 ? std::max(values[rank + 1], 0.0) : 0;
         theta_found = std::max(values[0], 0.0);
         for (long r = 0; r < rank; ++r) {
             theta[r] = std::max(values[r], 0.0);
@@ -326,7 +329,7 @@ private:
             }
             coupling[r] = std::sqrt(sum);
         }
-        return energy_bound(theta.data(), coupling.data(), following, rank);
+        return energy_bound(theta.data(), coupling.data(), beyond, rank);
     }
 
     // V <- the Ritz vectors
@@ -346,6 +349,19 @@ private:
         return false;
     }
 
+    // Flips columns of both so that the largest entry of each column of W scaled is positive.
+    void choose_signs(const std::vector<float>& W, std::vector<float>& turned, std::vector<float>& scaled) const {
+        std::vector<float> largest(wide, 0.0f), u(wide);
+        for (long n = 0; n < task.N; ++n) {
+            products().row(&W[n * wide], rank, wide, scaled.data(), u.data());
+            for (long r = 0; r < rank; ++r)
+                if (std::fabs(u[r]) > std::fabs(largest[r])) largest[r] = u[r];
+        }
+        for (long r = 0; r < rank; ++r)
+            if (largest[r] < 0)
+                for (long i = 0; i < rank; ++i) turned[i * wide + r] *= -1, scaled[i * wide + r] *= -1;
+    }
+
     // U, S, V of A on the span of V, and the residuals: one more reading of A, for A V and A^T A V.
     void finish() {
         const long N = task.N, K = task.K;
@@ -354,7 +370,7 @@ private:
         image.zero(0, wide);
         products().fused(task.A, N, K, task.lda, V.data, V.stride, image.data, image.stride, wide, 1, W.data());
         task.matvecs += 2 * rank;
-        task.following = following;
+        task.following = following, task.beyond = beyond;
         std::vector<double> gram(rank * rank, 0.0), Z(rank * rank), S2(rank);
         products().outer(W.data(), N, rank, wide, gram.data());
         leading_eigenpairs(gram, rank, rank - 1, rank, S2.data(), Z.data(), rotations);
@@ -372,6 +388,7 @@ private:
                 scaled[i * wide + r] = static_cast<float>(Z[i * rank + r] / s);
             }
         }
+        choose_signs(W, turn, scaled);
         task.right = products().turn(W.data(), N, rank, wide, scaled.data(), turn.data(), task.S, task.U);
         // basis <- V Z and A^T A V Z / s = A^T U
         basis.zero(0, 2 * wide);

@@ -13,12 +13,13 @@ struct SvdTask {
     std::int64_t rank, block;    // block: columns of the Krylov blocks, a multiple of 4
     std::int64_t columns;        // at most so many in the basis
     double goal;                 // of the bound on the loss
-    // Out: U (N, rank), S (rank), Vh (rank, K), contiguous; signs are arbitrary. After `ill_conditioned` only Vh is
-    // filled, with an orthonormal basis of what leads.
+    // Out: U (N, rank), S (rank), Vh (rank, K), contiguous; of each column of U the entry largest in
+    // magnitude, the first among equals, is positive. After `ill_conditioned` only Vh is filled, with an orthonormal
+    // basis of what leads.
     float *U, *S, *Vh;
     double* left;                // (rank): ||A^T u - s v||, measured
     double right;                // ||A V - U S||, measured
-    double following;            // the Ritz value of A^T A after the last that was taken
+    double following, beyond;    // the two Ritz values of A^T A after the last that was taken
     std::int64_t matvecs;
     SvdStatus status;
 };

@@ -130,23 +130,27 @@ static void outer(const float* W, long rows, long count, long stride, double* gr
     }
 }
 
+// out (stride) = one row of W (count) times the matrix (count, stride)
+static void row(const float* W, long count, long stride, const float* matrix, float* __restrict out) {
+    for (long r = 0; r < stride; ++r) out[r] = 0;
+    for (long i = 0; i < count; ++i) {
+        const float factor = W[i];
+        const float* __restrict entries = matrix + i * stride;
+        for (long r = 0; r < stride; ++r) out[r] += factor * entries[r];
+    }
+}
+
 // U (rows, count) = W scaled; returns ||W turned - U diag(S)||. W (rows, stride), scaled and turned (count, stride).
 static double turn(const float* W, long rows, long count, long stride, const float* scaled, const float* turned,
                    const float* S, float* U) {
     double sum = 0;
     std::vector<float> u(stride), av(stride);
     for (long n = 0; n < rows; ++n) {
-        float* __restrict left = u.data();
-        float* __restrict right = av.data();
-        for (long r = 0; r < stride; ++r) left[r] = right[r] = 0;
-        for (long i = 0; i < count; ++i) {
-            const float factor = W[n * stride + i];
-            const float *__restrict a = scaled + i * stride, *__restrict b = turned + i * stride;
-            for (long r = 0; r < stride; ++r) left[r] += factor * a[r], right[r] += factor * b[r];
-        }
+        row(W + n * stride, count, stride, scaled, u.data());
+        row(W + n * stride, count, stride, turned, av.data());
         for (long r = 0; r < count; ++r) {
-            U[n * count + r] = left[r];
-            const double rest = static_cast<double>(right[r]) - static_cast<double>(left[r]) * S[r];
+            U[n * count + r] = u[r];
+            const double rest = static_cast<double>(av[r]) - static_cast<double>(u[r]) * S[r];
             sum += rest * rest;
         }
     }
