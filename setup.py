@@ -99,6 +99,7 @@ extension = Pybind11Extension(
     ["csrc/bindings.cpp", *sorted(str(path) for path in Path("csrc/cpu").glob("*.cpp"))],
     include_dirs=["csrc"],
     cxx_std=17,
+    extra_compile_args=[] if os.name == "nt" else ["-O3"],
 )
 extension.optional = CUDA != "1"
 setup(ext_modules=[extension], cmdclass={"build_ext": BuildExtension})

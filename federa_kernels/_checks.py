@@ -13,7 +13,7 @@ def failure(op: str, argument: str, expectation: str, actual: object) -> str:
 def check_shape(op: str, argument: str, tensor: Tensor, **sizes: int | None) -> None:
     """Sizes by name, in order; None leaves one free: `check_shape(op, "lora_A", lora_A, R=None, K=K)`."""
     shape = tensor.shape
-    if len(shape) == len(sizes) and all(s in (None, n) for n, s in zip(shape, sizes.values(), strict=True)):
+    if len(shape) == len(sizes) and all(s is None or s == n for n, s in zip(shape, sizes.values(), strict=True)):
         return
     form = f"({', '.join(sizes)}{',' * (len(sizes) == 1)})"
     known = ", ".join(f"{name}={size}" for name, size in sizes.items() if size is not None)

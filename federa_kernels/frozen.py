@@ -1,8 +1,10 @@
 """A weight that never trains, the forms of it that a device multiplies fastest, and frozen layers that use them."""
 
 import copy
+
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from ._checks import check_float, check_shape
 from .lora_linear import cpu, lora_linear
@@ -12,13 +14,17 @@ class FrozenWeight:
     """One tensor W (N,K) and, made at first use, its packed forms for x W^T and dy W.
 
     The tensor stays the only truth: packed forms are never stored, copied or pickled, and are made again when it
-    has moved, changed its dtype or been written to in place. (A write through `.data` is not seen, and a compiled graph
-    sees none: it uses the forms that are there when it runs, or works without.)
+    has moved, changed its dtype or been written to in place (a write through `.data` is not seen). Compiled graphs work
+    without them.
 
     weight  (N,K)  float dtype, as given or cast to `dtype`; gradients never reach it
 
     Memory beside the weight, for each of the two forms in use: 6 bytes an entry for float32, 2 for bfloat16, with N and
-    K rounded up to 32; nothing where the device has no packed form (see `explain`).
+    K rounded up to 32; nothing where the device has no packed form (see `explain`). A thread that multiplies keeps about
+    2 MB to work in, and room for the adapters' packed forms.
+
+    Packed float32 is as exact as float32, with two exceptions: an infinity, or a magnitude above 3.39e38, makes NaN, and
+    parts of magnitudes below 1e-33 may be lost.
     """
 
     def __init__(self, weight: Tensor, *, dtype: torch.dtype | None = None):
@@ -27,7 +33,7 @@ class FrozenWeight:
         self.weight = weight if dtype is None or dtype == weight.dtype else weight.detach().to(dtype)
         self._forms: dict[bool, Tensor] = {}
         self._made_of: tuple = ()
-        self._rows: torch.dtype | None = None
+        self._storage: StorageWeakRef | None = None
 
     @property
     def shape(self) -> torch.Size:
@@ -36,18 +42,17 @@ class FrozenWeight:
     def forms(self, dtype: torch.dtype, backward: bool) -> tuple[Tensor | None, Tensor | None]:
         """The packed forms for x W^T and, where asked for, dy W with rows of `dtype`; None where there is none."""
         weight, forms = self.weight, self._forms
-        if torch.compiler.is_compiling():  # what is there is used; a call outside a compiled graph makes it
-            ready = dtype is self._rows
-            return forms.get(False) if ready else None, forms.get(True) if ready and backward else None
-        if type(weight) not in (Tensor, nn.Parameter):  # a subclass may hold no memory of its own
+        # A compiled graph could not see the weight change; a subclass may hold no memory of its own; an inference
+        # tensor does not count its versions.
+        if torch.compiler.is_compiling() or type(weight) not in (Tensor, nn.Parameter) or weight.is_inference():
             return None, None
-        now = (dtype, weight.data_ptr(), 0 if weight.is_inference() else weight._version, weight.dtype, weight.shape)
+        now = (weight.untyped_storage()._cdata, weight.storage_offset(), weight._version, weight.dtype, weight.shape)
         if now != self._made_of:
-            if not cpu.packs(dtype, weight):
-                return None, None
-            if now[1:] != self._made_of[1:]:
-                forms.clear()
-            self._made_of, self._rows = now, dtype
+            forms.clear()
+            # The weak reference keeps the storage's name, so that no other storage gets it while the forms are there.
+            self._made_of, self._storage = now, StorageWeakRef(weight.untyped_storage())
+        if not cpu.packs(dtype, weight):
+            return None, None
         for transposed in (False, True) if backward else (False,):
             if transposed not in forms:
                 forms[transposed] = cpu.pack(weight.detach(), transposed)
@@ -59,7 +64,7 @@ class FrozenWeight:
 
     def drop(self) -> None:
         """Lets go of the packed forms; the next use makes them again."""
-        self._forms, self._made_of, self._rows = {}, (), None
+        self._forms, self._made_of, self._storage = {}, (), None
 
     def __deepcopy__(self, memo: dict) -> "FrozenWeight":
         return FrozenWeight(copy.deepcopy(self.weight, memo))
@@ -71,7 +76,7 @@ class FrozenWeight:
 class PackedLinear(nn.Linear):
     """A frozen nn.Linear over packed forms of its weight, and an nn.Linear in all else; `pack_frozen` makes it.
 
-        y = x W^T + b
+    y = x W^T + b
     """
 
     _frozen: FrozenWeight | None = None

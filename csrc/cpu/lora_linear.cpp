@@ -88,6 +88,9 @@ inline __m512 round_to_bf16(__m512 value) {
     return _mm512_castsi512_ps(_mm512_and_si512(bits, _mm512_set1_epi32(0xffff0000)));
 }
 
+// The same for one plane alone: halves to even, and a NaN stays one whatever its bits.
+inline __m512 nearest_bf16(__m512 value) { return widened((__m256i)_mm512_cvtneps_pbh(value)); }
+
 // The upper halves of 16 floats and of 16 others, by turns: (first[0], second[0]), (first[1], second[1]), ...
 inline __m512i paired(__m512 first, __m512 second) {
     const __m512i below = _mm512_srli_epi32(_mm512_castps_si512(first), 16);
@@ -207,7 +210,7 @@ void pack_step(const void* source, Kind kind, Index columns, Index column_stride
                 rows[d] = gather_floats(own, kind, d * depth_stride, column_stride, d < depth ? left : 0);
         }
         for (Index pair = 0; pair < 16; ++pair) {
-            __m512i parts[3] = {paired(round_to_bf16(rows[pair]), round_to_bf16(rows[pair + 16]))};
+            __m512i parts[3] = {paired(nearest_bf16(rows[pair]), nearest_bf16(rows[pair + 16]))};
             if (planes == 3) split(rows[pair], rows[pair + 16], parts);
             for (int plane = 0; plane < planes; ++plane)
                 _mm512_storeu_si512(out + (plane * 2 + half) * TILE + pair * 32, parts[plane]);
@@ -252,7 +255,7 @@ void pack_up(const float* up, Kind kind, Index columns, Index column_stride, Ind
                     _mm512_storeu_si512(to + TILE, parts[2]);
                 } else {
                     _mm512_storeu_si512(out + from / 32 * NARROW_BLOCK + half * TILE + from % 32 / 16 * TILE / 2 + pair * 32,
-                                        paired(round_to_bf16(even), round_to_bf16(odd)));
+                                        paired(nearest_bf16(even), nearest_bf16(odd)));
                 }
             }
         }
@@ -351,8 +354,7 @@ void block_product(Kind kind, int p_planes, const bf16* x, const bf16* p, Index 
     if (kind == Kind::bfloat16) p_planes == 1 ? multiply<1, 1>(x, p, steps) : multiply<1, 3>(x, p, steps);
     else p_planes == 1 ? multiply<3, 1>(x, p, steps) : multiply<3, 3>(x, p, steps);
     for (Index i = 0; i < extra_count; ++i) multiply_low_rank(kind, extras[i].h, extras[i].up, rank_blocks);
-#define STOP(T) \
-    if (stop[T]) _tile_stored(T, stop[T], stop_stride);
+#define STOP(T) _tile_stored(T, stop[T], stop_stride);
     STOP(0) STOP(1) STOP(2) STOP(3)
 #undef STOP
 }
@@ -391,6 +393,15 @@ void narrow_product(int planes, const bf16* x, const bf16* p, Index steps, float
         _mm512_storeu_ps(sums + i, _mm512_add_ps(_mm512_loadu_ps(sums + i), _mm512_load_ps(small + i)));
 }
 
+// Rows from..to of 32 x 32 sums in four tiles.
+void add_rows(float (*sums)[256], const float (*other)[256], Index from, Index to) {
+    for (Index row = from; row < to; ++row)
+        for (Index t = row / 16 * 2; t < row / 16 * 2 + 2; ++t) {
+            float* line = sums[t] + row % 16 * 16;
+            _mm512_store_ps(line, _mm512_add_ps(_mm512_load_ps(line), _mm512_load_ps(other[t] + row % 16 * 16)));
+        }
+}
+
 // rows x columns at the corner of a tile in `buffer`, to or from memory.
 void write_corner(const float* buffer, Index rows, Index columns, Kind kind, void* out, Index stride) {
     const __mmask16 mask = first(columns);
@@ -419,6 +430,13 @@ void transpose_h(const void* h, Kind kind, Index h_stride, Index rows, Index com
         __m512i parts[3] = {paired(upper[r], lower[r])};
         if (planes == 3) split(upper[r], lower[r], parts);
         for (int plane = 0; plane < planes; ++plane) _mm512_storeu_si512(out + plane * TILE + r * 32, parts[plane]);
+    }
+}
+
+void move_sums(float* sums, float* totals, Index size) {
+    for (Index i = 0; i < size; i += 16) {
+        _mm512_storeu_ps(totals + i, _mm512_add_ps(_mm512_loadu_ps(totals + i), _mm512_loadu_ps(sums + i)));
+        _mm512_storeu_ps(sums + i, _mm512_setzero_ps());
     }
 }
 
@@ -691,32 +709,42 @@ class Task {
                  const bf16* h_tiles, Index tiles, const bf16* up) {
         const Index p_planes = planes_of(p.kind), panels = blocks(p.columns, SIDE);
         const Index up_panel = job_.up_panel(p);
-        alignas(64) float starts[4][256], stops[4][256];
-        std::vector<Extra> extras;
+        alignas(64) float starts[4][256], stops[4][256], lows[4][256];
+        float* const all_stops[4] = {stops[0], stops[1], stops[2], stops[3]};
+        float* const all_lows[4] = {lows[0], lows[1], lows[2], lows[3]};
         for (Index n = group_ * panels / job_.column_groups; n < (group_ + 1) * panels / job_.column_groups; ++n) {
             const bf16* panel = static_cast<const bf16*>(p.packed) + (n * job_.steps() + step) * p_planes * 2 * TILE;
+            const auto extra_of = [&](Index i) {
+                return Extra{h_tiles + i * tiles, up + shares_[i].client * job_.up_size(p) + n * up_panel};
+            };
             for (Index s = 0; s < strips_; ++s) {
-                extras.clear();
-                if (h_tiles && p.rank)
-                    for (Index i = first_share_[s]; i < first_share_[s + 1]; ++i)
-                        extras.push_back({h_tiles + i * tiles,
-                                          up + shares_[i].client * job_.up_size(p) + n * up_panel});
                 const Index row = begin_ + s * SIDE, column = n * SIDE;
+                const Index first = first_share_[s], shares = h_tiles && p.rank ? first_share_[s + 1] - first : 0;
+                // One client's product goes on top. Several clients' are kept apart: zeros in the rows of one times
+                // what another made infinite would be NaN.
+                const Extra extra = shares == 1 ? extra_of(first) : Extra{};
+                const bool direct = job_.kind == Kind::float32 && row + SIDE <= end_ && column + SIDE <= p.columns &&
+                                    shares < 2;
                 Source start[4];
                 float* stop[4];
-                bool direct = job_.kind == Kind::float32 && row + SIDE <= end_ && column + SIDE <= p.columns;
                 for (int t = 0; t < 4; ++t) {
                     const Index r = row + t / 2 * 16, c = column + t % 2 * 16;
                     start[t] = begin_of(p, s, r, c, begin, direct, starts[t]);
-                    stop[t] = direct ? static_cast<float*>(p.out) + r * p.columns + c : stops[t];
-                    if (r >= end_ || c >= p.columns) stop[t] = nullptr;
+                    stop[t] = direct ? static_cast<float*>(p.out) + r * p.columns + c : all_stops[t];
                 }
-                block_product(job_.kind, static_cast<int>(p_planes), x + s * strip, panel, steps,
-                              extras.data(), extras.size(), job_.rank_blocks(p), start, stop,
-                              direct ? p.columns * 4 : 64);
-                for (int t = 0; t < 4 && !direct; ++t) {
+                block_product(job_.kind, static_cast<int>(p_planes), x + s * strip, panel, steps, &extra, shares == 1,
+                              job_.rank_blocks(p), start, stop, direct ? p.columns * 4 : 64);
+                if (direct) continue;
+                constexpr Source zero[4] = {};
+                for (Index i = first; shares > 1 && i < first + shares; ++i) {
+                    const Extra low = extra_of(i);
+                    block_product(job_.kind, static_cast<int>(p_planes), nullptr, nullptr, 0, &low, 1,
+                                  job_.rank_blocks(p), zero, all_lows, 64);
+                    add_rows(stops, lows, shares_[i].from, shares_[i].to);
+                }
+                for (int t = 0; t < 4; ++t) {
                     const Index r = row + t / 2 * 16, c = column + t % 2 * 16;
-                    if (stop[t])
+                    if (r < end_ && c < p.columns)
                         write_corner(stops[t], std::min<Index>(16, end_ - r), p.columns - c, job_.kind,
                                      at(p.out, job_.kind, r * p.columns + c), p.columns);
                 }
@@ -833,9 +861,10 @@ void low_rank_gradient(const void* h, Index h_stride, Index rank, const void* x,
         const Index own_rank = std::min<Index>(rank, clients.ranks[client]), rank_blocks = blocks(own_rank, 16);
         thread_local Scratch sums_scratch, tiles_scratch;
         const Index size = blocks(width, 64) * rank_blocks * 1024;
-        float* sums = sums_scratch.take<float>(size);
+        float* sums = sums_scratch.take<float>(2 * size);
+        float* totals = sums + size;
         bf16* tiles = tiles_scratch.take<bf16>(rank_blocks * planes_of(kind) * TILE);
-        std::memset(sums, 0, size * sizeof(float));
+        std::memset(sums, 0, 2 * size * sizeof(float));
         configure_tiles();
         const Index end = clients.offsets[client + 1];
         for (Index row = clients.offsets[client]; row < end; row += SIDE) {
@@ -843,6 +872,8 @@ void low_rank_gradient(const void* h, Index h_stride, Index rank, const void* x,
                 transpose_h(at(h, kind, row * h_stride + block * 16), kind, h_stride, end - row,
                             own_rank - block * 16, tiles + block * planes_of(kind) * TILE);
             gradient_rows(tiles, rank_blocks, at(x, kind, row * x_stride + from), kind, x_stride, end - row, width, sums);
+            // Long sums are summed in parts, or their rounding would grow with the rows.
+            if ((row - clients.offsets[client]) % 512 == 512 - SIDE || row + SIDE >= end) move_sums(sums, totals, size);
         }
         release_tiles();
         float* own = gradient + client * client_stride + from * column_stride;
@@ -850,7 +881,7 @@ void low_rank_gradient(const void* h, Index h_stride, Index rank, const void* x,
         for (Index k = 0; k < width; k += 16) {
             float* to = own + k * column_stride;
             for (Index r = 0; r < own_rank; r += 16)
-                store_gradient(sums + ((k / 64 * rank_blocks + r / 16) * 4 + k % 64 / 16) * 256, s, own_rank - r,
+                store_gradient(totals + ((k / 64 * rank_blocks + r / 16) * 4 + k % 64 / 16) * 256, s, own_rank - r,
                                width - k, to + r * rank_stride, rank_stride, column_stride);
             for (Index r = own_rank; r < rank; ++r)
                 for (Index j = 0; j < std::min<Index>(16, width - k); ++j) to[r * rank_stride + j * column_stride] = 0;

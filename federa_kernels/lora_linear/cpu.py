@@ -6,6 +6,7 @@ takes three products with float32 rows, which are not rounded, and one with bflo
 
 import functools
 from collections.abc import Sequence
+from itertools import pairwise
 from types import ModuleType
 
 import torch
@@ -132,8 +133,7 @@ def _backward(dy, x, h, weight, packed, lora_A, lora_B, bias, scaling, needs, cl
     if need_B:
         dB = _gradient(h, dy, scaling, torch.empty(lora_B.shape), True, clients)
     if need_bias and bias.dim() == 2:
-        spans = zip(clients[0].tolist(), clients[0].tolist()[1:], strict=False)
-        db = torch.stack([dy[start:stop].float().sum(0) for start, stop in spans])
+        db = torch.stack([dy[start:stop].float().sum(0) for start, stop in pairwise(clients[0].tolist())])
     elif need_bias:
         db = dy.sum(0, dtype=torch.float32)
     return [dx, None, dA, dB, db]
@@ -183,21 +183,21 @@ def shared_forward(x, weights, packed, lora_As, lora_Bs, biases, scalings) -> tu
     h = x.new_empty(M, columns[-1].stop)
     x, lora_As, lora_Bs = _rows(x), [A.float() for A in lora_As], [B.float() for B in lora_Bs]
     biases = [bias if bias is None else bias.float().contiguous() for bias in biases]
-    lists = (packed, weights, lora_As, lora_Bs, scalings, ys, columns, biases)
-    _run(x, [_projection(f, W, W.shape[0], A, B, s, y, h[:, own], b) for f, W, A, B, s, y, own, b in zip(*lists, strict=True)], None)
+    every = zip(packed, weights, lora_As, lora_Bs, scalings, ys, columns, biases, strict=True)
+    projections = [_projection(f, W, W.shape[0], A, B, s, y, h[:, own], b) for f, W, A, B, s, y, own, b in every]
+    _run(x, projections, None)
     return ys, h
 
 
-def shared_backward(dys, x, h, weights, packed, lora_As, lora_Bs, biases, scalings, needs) -> list[Tensor | None]:
+def shared_backward(dys, x, h, weights, packed, lora_As, lora_Bs, scalings, needs) -> list[Tensor | None]:
     """As `reference.shared_backward`: each projection's share is added to dx where it lies."""
     need_x, M, K, columns = needs[0], dys[0].shape[0], weights[0].shape[1], rank_columns(lora_As)
     dx = dys[0].new_empty(M, K) if need_x else None
     dh = dys[0].new_empty(M, columns[-1].stop)
     grads: list[Tensor | None] = [dx]
     x = None if x is None else _rows(x)
-    for p, (dy, weight, form, A, B, bias, s, own) in enumerate(
-        zip(dys, weights, packed, lora_As, lora_Bs, biases, scalings, columns, strict=True)
-    ):
+    every = zip(dys, weights, packed, lora_As, lora_Bs, scalings, columns, strict=True)
+    for p, (dy, weight, form, A, B, s, own) in enumerate(every):
         _, need_A, need_B, need_bias = needs[1 + 4 * p : 5 + 4 * p]
         dy, down, up = _rows(dy), B.float().mT, A.float().mT
         if need_x or need_A:

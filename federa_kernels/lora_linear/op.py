@@ -155,7 +155,7 @@ def _shared_bwd(dys, x, h, weights, packed, lora_As, lora_Bs, biases, scalings, 
     need_weight = any(needs[1::4])
     path = path_of(dys[0], packed, [A.shape[0] for A in lora_As], need_weight)
     if path == "cpu":
-        grads = cpu.shared_backward(dys, x, h, weights, packed, lora_As, lora_Bs, biases, scalings, needs)
+        grads = cpu.shared_backward(dys, x, h, weights, packed, lora_As, lora_Bs, scalings, needs)
     elif path == "triton":
         launch = triton_kernels().launch_lora_linear_shared_bwd
         grads = launch(dys, x, h, weights, lora_As, lora_Bs, scalings, needs)
@@ -365,7 +365,9 @@ def _compute_dtype(x: Tensor) -> torch.dtype:
 
 
 def _unfrozen(weight: "Tensor | FrozenWeight") -> tuple[Tensor, "FrozenWeight | None"]:
-    return (weight, None) if isinstance(weight, Tensor) else (weight.weight, weight)
+    if isinstance(weight, Tensor):
+        return weight, None
+    return weight.weight.detach() if weight.weight.requires_grad else weight.weight, weight
 
 
 def _trains(*tensors: Tensor | None) -> bool:

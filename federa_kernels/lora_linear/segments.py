@@ -1,14 +1,24 @@
 """Which rows of a packed batch belong to which client."""
 
-import math
 from collections.abc import Sequence
-from itertools import accumulate
+from itertools import accumulate, pairwise
+from typing import Any
 
 import torch
 
 from .._checks import failure
 
 ALL = 2**31 - 1  # a rank above every other: no component is left out
+FLOAT32_MAX = torch.finfo(torch.float32).max
+
+
+def _listed(values: Any) -> Any:
+    """A tensor's or an array's numbers, any sequence as a list, a number as it is."""
+    return values.tolist() if hasattr(values, "tolist") else list(values) if isinstance(values, Sequence) else values
+
+
+def _integers(values: Sequence[Any], least: int) -> bool:
+    return all(isinstance(value, int) and least <= value <= ALL for value in values)
 
 
 class Segments:
@@ -40,18 +50,22 @@ class Segments:
         ranks: Sequence[int] | None = None,
         device: torch.device | str | None = None,
     ) -> "Segments":
-        """Raises ValueError for negative sizes, 2^31 rows or more, lists of unlike lengths, ranks below 1."""
-        sizes = tuple(int(size) for size in sizes)
-        if not sizes or min(sizes) < 0:
+        """Raises ValueError for counts that are no integers or negative, 2^31 rows or more, lists of unlike lengths,
+        ranks below 1 and scalings that are not finite in float32.
+        """
+        sizes = tuple(_listed(sizes))
+        if not sizes or not _integers(sizes, least=0):
             raise ValueError(failure("Segments", "sizes", "be one count >= 0 for each client", list(sizes)[:8]))
         if sum(sizes) > ALL:
             raise ValueError(failure("Segments", "sizes", "sum to less than 2^31 rows", sum(sizes)))
-        scalings = [float(s) for s in scalings] if isinstance(scalings, Sequence) else [float(scalings)] * len(sizes)
-        if len(scalings) != len(sizes) or not all(map(math.isfinite, scalings)):
+        scalings = _listed(scalings)
+        scalings = scalings if isinstance(scalings, list) else [scalings] * len(sizes)
+        if len(scalings) != len(sizes) or not all(abs(s) <= FLOAT32_MAX for s in scalings):
             expected = f"be finite, one or C={len(sizes)} of them"
             raise ValueError(failure("Segments", "scalings", expected, scalings[:8]))
-        if ranks is not None and (len(ranks) != len(sizes) or not all(1 <= R <= ALL for R in ranks)):
-            raise ValueError(failure("Segments", "ranks", f"be C={len(sizes)} integers >= 1", list(ranks)[:8]))
+        ranks = None if ranks is None else _listed(ranks)
+        if ranks is not None and (len(ranks) != len(sizes) or not _integers(ranks, least=1)):
+            raise ValueError(failure("Segments", "ranks", f"be C={len(sizes)} integers >= 1", ranks[:8]))
         offsets = [0, *accumulate(sizes)]
         return cls(
             torch.tensor(offsets, dtype=torch.int32, device=device),
@@ -64,10 +78,10 @@ class Segments:
     @classmethod
     def from_offsets(cls, offsets: Sequence[int], **others) -> "Segments":
         """The same from offsets (C+1), which start at 0 and never decrease."""
-        offsets = [int(offset) for offset in offsets]
-        if not offsets or offsets[0] != 0 or any(b < a for a, b in zip(offsets, offsets[1:], strict=False)):
+        offsets = _listed(offsets)
+        if not offsets or offsets[0] != 0 or any(b < a for a, b in pairwise(offsets)):
             raise ValueError(failure("Segments", "offsets", "start at 0 and never decrease", offsets[:8]))
-        return cls.from_sizes([b - a for a, b in zip(offsets, offsets[1:], strict=False)], **others)
+        return cls.from_sizes([b - a for a, b in pairwise(offsets)], **others)
 
     def to(self, device: torch.device | str) -> "Segments":
         tensors = (t.to(device) for t in (self.offsets, self.scalings, self.ranks))

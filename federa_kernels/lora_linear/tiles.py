@@ -49,18 +49,28 @@ GEMM = {
     100: (Tile(128, 256, 64, 8, 3), Tile(128, 128, 64, 8, 4), Tile(128, 64, 64, 4, 4)),
 }
 SAFE_GEMM = (Tile(64, 64, 32, 4, 3),)
-FLOAT32_GEMM = (Tile(64, 64, 16, 8, 2), Tile(32, 32, 16, 4, 2))  # full precision: no tensor cores, operands in registers
+FLOAT32_GEMM = (Tile(64, 64, 16, 8, 2), Tile(32, 32, 16, 4, 2))  # no tensor cores, operands in registers
 FLOAT32_DOWN, FLOAT32_GRAD = Tile(32, 0, 32, 4, 2), Tile(32, 32, 0, 4, 2)
 MULTIPROCESSORS = {80: 108, 90: 132, 100: 148}
 GENERATIONS = {80: 80, 90: 90, 100: 100, 103: 100}  # others, consumer GPUs among them, have less shared memory
 
 
-def pick_tiles(M: int, N: int, K: int, R: int, dtype: torch.dtype, arch: int) -> Tiles:
+def gemm_tiles(R: int, dtype: torch.dtype, arch: int, clients: bool) -> tuple[Tile, ...]:
+    """The tiles that a product may get, from the largest to the smallest."""
+    generation = GENERATIONS.get(arch)
+    if dtype == torch.float32:
+        return FLOAT32_GEMM
+    found = GEMM.get(generation, SAFE_GEMM)
+    spills = R > 64 or (clients and generation == 100)
+    return found[1:] if spills and len(found) > 1 else found
+
+
+def pick_tiles(M: int, N: int, K: int, R: int, dtype: torch.dtype, arch: int, clients: bool = False) -> Tiles:
     """Tiles for (M,K) x (N,K)^T with rank R on compute capability `arch` (90 for 9.0); any value gets a safe choice."""
     generation = GENERATIONS.get(arch)
     full, wide = dtype == torch.float32, R > 32
     programs = MULTIPROCESSORS.get(generation, 64)
-    candidates = FLOAT32_GEMM if full else GEMM.get(generation, SAFE_GEMM)
+    candidates = gemm_tiles(R, dtype, arch, clients)
     gemm = next((t for t in candidates if _tiles(M, t.BM) * _tiles(N, t.BN) >= programs), candidates[-1])
     down = FLOAT32_DOWN if full else Tile(64, 0, 64 if generation else 32, 8 if wide else 4, 4)
     slab = 256 if generation == 90 and not wide else 128

@@ -26,6 +26,7 @@ from .reference import rank_columns
 from .tiles import Tile, Tiles, pick_tiles
 
 MAX_RANK = 128
+MAX_TERMS = 4  # projections in one product of dx
 MAX_PARTS = 4  # that a product sums as it starts; more are summed before
 EARLY_RANK = 32  # above it the low-rank step would hold too many registers through the long loop
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -73,8 +74,9 @@ def _rank_of(c, ranks, R: tl.constexpr):
 
 
 @triton.jit
-def _sum_parts(parts, S: tl.constexpr, M, at, mask, stride):
-    """Elements `at` of the sum over s of parts[s] (M,stride), float32."""
+def _sum_parts(parts, S: tl.constexpr, M, m, r, mask, stride):
+    """Rows m and columns r of the sum over s of parts[s] (M,stride), float32."""
+    at = m[:, None] * stride + r[None, :]
     total = tl.load(parts + at, mask=mask, other=0.0)
     for _ in tl.static_range(1, S):
         parts += M.to(tl.int64) * stride
@@ -147,6 +149,15 @@ def _factor(factor, scaling, r, n, rank, in_n, stride_r, stride_n, dtype: tl.con
 
 
 @triton.jit
+def _isolated(h, factor, mine):
+    """For a tile of several clients: NaN or inf in one's factor must reach its rows only, and 0 * NaN is NaN. So such
+    entries become 0 in the factor, and the client's own rows of h NaN."""
+    finite = tl.abs(factor.to(tl.float32)) < float("inf")
+    lost = tl.sum(tl.where(finite, 0, 1)) > 0
+    return tl.where(mine[:, None] & lost, float("nan"), h).to(h.dtype), tl.where(finite, factor, 0.0).to(factor.dtype)
+
+
+@triton.jit
 def _product(
     acc, wide, rows, weight, lora_A, D, in_m, in_n, m, n, r, stride_rows, stride_d, stride_n, R: tl.constexpr,
     BK: tl.constexpr, EVEN: tl.constexpr, ON_THE_FLY: tl.constexpr,
@@ -174,21 +185,21 @@ def _product(
     return acc, wide
 
 
-@triton.jit(do_not_specialize=["M", "C"])
+@triton.jit(do_not_specialize=["M", "C", "components"])
 def _gemm_kernel(
-    out, low, rows, weights, downs, factors, bias, offsets, scalings, ranks, scale, M, N, C,
+    out, low, rows, weights, downs, factors, bias, offsets, scalings, ranks, scale, M, N, C, components,
     D, stride_rows, stride_wd, stride_wn, stride_down, stride_fc, stride_fr, stride_fn, stride_low, stride_bias,
-    P: tl.constexpr, S: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, RS: tl.constexpr,
+    P: tl.constexpr, S: tl.constexpr, R: tl.constexpr, RS: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
     EVEN: tl.constexpr, EARLY: tl.constexpr, ON_THE_FLY: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """out (M,N) = sum over p < P of rows[p] weights[p] + s low[p] factors[p], + bias; tuples have an entry for each p.
 
     rows[p] (M,D[p]), weights[p] (D[p],N), factors[p] (R[p],N) or (C,R,N), bias (N,) or (C,N) or None.
-    downs[p] (S[p],M,stride_down[p]) holds low[p] in parts; with ON_THE_FLY it is the lora_A (R,D) that makes it of rows.
+    downs[p] (S[p],M,stride_down[p]) holds low[p] in parts; with ON_THE_FLY it is lora_A (R,D), and low = rows lora_A^T.
     low (M, sum of R) or None: where the first column of programs leaves low[p] for later, side by side.
-    EARLY, for one adapter: loads of the low-rank step are issued before the long loop, which hides their wait; else the
-    step takes RS components at a time, so that registers do not grow with the rank.
+    EARLY, for one adapter: loads of the low-rank step are issued before the long loop, which hides their wait. Else it
+    takes RS of the `components` at a time, at most R, so that registers do not grow with the rank.
     """
     dtype: tl.constexpr = out.dtype.element_ty
     tile_m, tile_n = _tile_of(M, N, BM, BN, GROUP)
@@ -197,29 +208,27 @@ def _gemm_kernel(
     m, n, r = tl.arange(0, BM), tl.arange(0, BN), tl.arange(0, RS)
     in_m, in_n = start + m < M, left + n < N
     row, column = start.to(tl.int64), left.to(tl.int64)
-    low_at = m[:, None] * stride_low + r[None, :]
     if low is not None:
         low += row * stride_low
     acc = tl.zeros((BM, BN), tl.float32)
     for p in tl.static_range(P):
         factor = factors[p] + column * stride_fn[p]
         down = downs[p] if ON_THE_FLY else downs[p] + row * stride_down[p]
-        down_at = m[:, None] * stride_down[p] + r[None, :]
         if EARLY:
             factor_tile = _factor(factor, scale[p], r, n, R[p], in_n, stride_fr[p], stride_fn[p], dtype)
             if not ON_THE_FLY:
                 known = in_m[:, None] & (r < R[p])[None, :]
-                h = _sum_parts(down, S[p], M, down_at, known, stride_down[p]).to(dtype)
+                h = _sum_parts(down, S[p], M, m, r, known, stride_down[p]).to(dtype)
         acc, wide = _product(
-            acc, tl.zeros((BM, RS), tl.float32), rows[p] + row * stride_rows[p], weights[p] + column * stride_wn[p], down,
-            D[p], in_m, in_n, m, n, r, stride_rows[p], stride_wd[p], stride_wn[p], R[p], BK, EVEN, ON_THE_FLY,
+            acc, tl.zeros((BM, RS), tl.float32), rows[p] + row * stride_rows[p], weights[p] + column * stride_wn[p],
+            down, D[p], in_m, in_n, m, n, r, stride_rows[p], stride_wd[p], stride_wn[p], R[p], BK, EVEN, ON_THE_FLY,
         )  # fmt: skip
         if EARLY:
             if ON_THE_FLY:
                 h = wide.to(dtype)
             acc = tl.dot(h, factor_tile, acc, input_precision="ieee")
             if low is not None and tile_n == 0:
-                tl.store(low + low_at, h, mask=in_m[:, None] & (r < R[p])[None, :])
+                tl.store(low + m[:, None] * stride_low + r[None, :], h, mask=in_m[:, None] & (r < R[p])[None, :])
         else:
             first, last = _clients_of(start, stop, offsets, C)
             for c in range(first, last + 1):
@@ -228,13 +237,16 @@ def _gemm_kernel(
                 rank = _rank_of(c, ranks, R[p])
                 s = scale[p] if scalings is None else tl.load(scalings + c)
                 own = factor + tl.cast(c, tl.int64) * stride_fc[p]
-                for at in tl.range(0, RP, RS, num_stages=1):
+                for at in tl.range(0, components, RS, num_stages=1):
                     known = mine[:, None] & (at + r < rank)[None, :]
-                    h = _sum_parts(down + at, S[p], M, down_at, known, stride_down[p]).to(dtype)
-                    factor_tile = _factor(own, s, at + r, n, rank, in_n, stride_fr[p], stride_fn[p], dtype)
-                    acc = tl.dot(h, factor_tile, acc, input_precision="ieee")
+                    h = _sum_parts(down + at, S[p], M, m, r, known, stride_down[p]).to(dtype)
                     if low is not None and tile_n == 0:
-                        tl.store(low + at + low_at, h, mask=mine[:, None] & (at + r < R[p])[None, :])
+                        low_at = low + at + m[:, None] * stride_low + r[None, :]
+                        tl.store(low_at, h, mask=mine[:, None] & (at + r < R[p])[None, :])
+                    factor_tile = _factor(own, s, at + r, n, rank, in_n, stride_fr[p], stride_fn[p], dtype)
+                    if first != last:
+                        h, factor_tile = _isolated(h, factor_tile, mine)
+                    acc = tl.dot(h, factor_tile, acc, input_precision="ieee")
                 if bias is not None and stride_bias != 0:
                     own_bias = bias + tl.cast(c, tl.int64) * stride_bias + column + n
                     own_bias = tl.load(own_bias, mask=in_n, other=0.0).to(tl.float32)
@@ -355,7 +367,7 @@ ONE: Segmented = (None, None, None)
 
 
 class _Term(NamedTuple):
-    """rows (M,D) weight (D,N) + s (rows down^T) factor: down the parts (S,M,columns) of rows down^T, or what makes it."""
+    """rows (M,D) weight (D,N) + s low factor (R,N). `down`: low in parts (S,M,R), or (1,R,D) that makes it of rows."""
 
     rows: Tensor
     weight: Tensor
@@ -423,7 +435,7 @@ def _gemm(
     D = tuple(t.shape[1] for t in rows)
     strides = [(0, *factor.stride())[-3:] for factor in factors]
     arguments = (
-        *(out, low, rows, weights, downs, factors, bias, *segments, scalings, M, N, C, D),
+        *(out, low, rows, weights, downs, factors, bias, *segments, scalings, M, N, C, max(R), D),
         tuple(t.stride(0) for t in rows),
         *zip(*(weight.stride() for weight in weights), strict=True),
         tuple(down.stride(-2) for down in downs),
@@ -434,7 +446,7 @@ def _gemm(
     RP = _padded(max(R))
     early = segments[0] is None and len(terms) == 1 and RP <= EARLY_RANK
     constants = {
-        **{"P": len(terms), "S": tuple(down.shape[0] for down in downs), "R": R, "RP": RP, "RS": RP if early else 16},
+        **{"P": len(terms), "S": tuple(down.shape[0] for down in downs), "R": R, "RS": RP if early else 16},
         **{"BM": tile.BM, "BN": tile.BN, "BK": tile.BK, "EVEN": all(d % tile.BK == 0 for d in D)},
         **{"EARLY": early, "ON_THE_FLY": on_the_fly, "GROUP": 8},
     }
@@ -471,9 +483,10 @@ def launch_lora_linear_clients_fwd(
 
 def _forward(x, weight, lora_A, lora_B, bias, scaling, segments, tiles):
     (M, K), N, R = x.shape, weight.shape[0], lora_A.shape[-2]
-    tiles = tiles or pick_tiles(M, N, K, R, x.dtype, _arch(x.device))
+    clients = segments is not ONE
+    tiles = tiles or pick_tiles(M, N, K, R, x.dtype, _arch(x.device), clients)
     x, y, h = _contiguous_rows(x), x.new_empty((M, N)), x.new_empty((M, R))
-    on_the_fly = tiles.on_the_fly and segments is ONE and R <= 16
+    on_the_fly = tiles.on_the_fly and not clients and R <= 16
     down = lora_A.contiguous()[None] if on_the_fly else _down(x, lora_A, (segments[0], None, segments[2]), tiles)
     term = _Term(x, weight.t(), down, lora_B.transpose(-1, -2), scaling)
     bias = bias if bias is None else bias.contiguous()
@@ -491,16 +504,32 @@ def launch_lora_linear_shared_fwd(
     tiles: Tiles | None = None,
 ) -> tuple[list[Tensor], Tensor]:
     """y (M,N_p) of every projection and the h of all side by side (M, sum of R_p), from one pass over x."""
-    (M, K), lora_A = x.shape, torch.cat(list(lora_As))
-    h, ys = x.new_empty((M, lora_A.shape[0])), [x.new_empty((M, weight.shape[0])) for weight in weights]
-    x, arch = _contiguous_rows(x), _arch(x.device)
-    chosen = [tiles or pick_tiles(M, W.shape[0], K, lora_A.shape[0], x.dtype, arch) for W in weights]
-    parts = _down(x, lora_A, ONE, chosen[0])
-    for p, columns in enumerate(rank_columns(lora_As)):
-        term = _Term(x, weights[p].t(), parts[:, :, columns], lora_Bs[p].t(), scalings[p])
-        bias = biases[p] if biases[p] is None else biases[p].contiguous()
-        _gemm(ys[p], [term], chosen[p].gemm, low=h[:, columns], bias=bias)
+    (M, K), arch, columns = x.shape, _arch(x.device), rank_columns(lora_As)
+    h, ys = x.new_empty((M, columns[-1].stop)), [x.new_empty((M, weight.shape[0])) for weight in weights]
+    x = _contiguous_rows(x)
+    for group in _groups(lora_As):
+        lora_A = torch.cat(list(lora_As[group.start : group.stop]))
+        own = rank_columns(lora_As[group.start : group.stop])
+        for p, of_group in zip(group, own, strict=True):
+            picked = tiles or pick_tiles(M, weights[p].shape[0], K, lora_A.shape[0], x.dtype, arch)
+            if p == group.start:
+                parts = _down(x, lora_A, ONE, picked)
+            term = _Term(x, weights[p].t(), parts[:, :, of_group], lora_Bs[p].t(), scalings[p])
+            bias = biases[p] if biases[p] is None else biases[p].contiguous()
+            _gemm(ys[p], [term], picked.gemm, low=h[:, columns[p]], bias=bias)
     return ys, h
+
+
+def _groups(lora_As: Sequence[Tensor]) -> list[range]:
+    """The projections in turns that one pass takes: at most MAX_TERMS, of rank MAX_RANK together."""
+    groups, total = [range(0, 0)], 0
+    for p, lora_A in enumerate(lora_As):
+        total += lora_A.shape[0]
+        if total > MAX_RANK or len(groups[-1]) == MAX_TERMS:
+            groups.append(range(p, p))
+            total = lora_A.shape[0]
+        groups[-1] = range(groups[-1].start, p + 1)
+    return groups
 
 
 def launch_lora_linear_bwd(
@@ -549,7 +578,16 @@ def launch_lora_linear_shared_bwd(
     tiles: Tiles | None = None,
 ) -> list[Tensor | None]:
     """Gradients of x, written once, then of (weight, lora_A, lora_B, bias) of each projection in turn."""
-    return _backward(dys, x, h, weights, lora_As, lora_Bs, scalings, ONE, None, needs, tiles)
+    columns, grads = rank_columns(lora_As), [None]
+    for group in _groups(lora_As):
+        span = slice(group.start, group.stop)
+        lists = (weights[span], lora_As[span], lora_Bs[span], scalings[span], ONE, None)
+        own = [needs[0], *needs[1 + 4 * span.start : 1 + 4 * span.stop]]
+        h_own = None if h is None else h[:, columns[span.start].start : columns[span.stop - 1].stop]
+        dx, *others = _backward(dys[span], x, h_own, *lists, own, tiles)
+        grads[0] = dx if grads[0] is None else grads[0].add_(dx)
+        grads += others
+    return grads
 
 
 def _backward(dys, x, h, weights, lora_As, lora_Bs, scalings, segments, bias, needs, tiles):
@@ -557,7 +595,7 @@ def _backward(dys, x, h, weights, lora_As, lora_Bs, scalings, segments, bias, ne
     (M, K), C, first = (dys[0].shape[0], weights[0].shape[1]), _clients(segments[0]), dys[0]
     N, R = [weight.shape[0] for weight in weights], [lora_A.shape[-2] for lora_A in lora_As]
     need_x, need_A, need_B, need_b = needs[0], any(needs[2::4]), needs[3::4], needs[4::4]
-    tiles = tiles or pick_tiles(M, K, sum(N), sum(R), first.dtype, _arch(first.device))
+    tiles = tiles or pick_tiles(M, K, sum(N), sum(R), first.dtype, _arch(first.device), segments is not ONE)
     sizes = [need_A * sum(R) * K, *(need * n * r for need, n, r in zip(need_B, N, R, strict=True))]
     sizes += [need * n for need, n in zip(need_b, N, strict=True)]
     count = max(1, triton.cdiv(M, tiles.chunk)) + C - 1
@@ -591,7 +629,7 @@ def _backward(dys, x, h, weights, lora_As, lora_Bs, scalings, segments, bias, ne
 
 
 def _over_dy(dy, h, lora_B, need_dh, own, scaling, segments, tiles):
-    """Fills `own`, the pieces of dB and db or None, and returns dh in parts (., M, R) or None: one pass over dy or two."""
+    """Fills `own`, the pieces of dB and db or None; returns dh in parts (., M, R) or None. One pass over dy, or two."""
     (M, N), R, tile = dy.shape, lora_B.shape[-1], tiles.grad
     slabs, chunks = triton.cdiv(N, tile.BN), max(1, triton.cdiv(M, tiles.chunk))
     pieces = [t for t in own if t is not None]
@@ -619,7 +657,7 @@ def _over_x(x, dh, dA_pieces, offsets, tiles):
 def _sum(pieces, sizes, offsets, M, tiles):
     """(C size) of each size in turn: every client's gradients, from their pieces."""
     C, (count, size), tile = _clients(offsets), pieces.shape, Tile(1, 1024, 0, 4, 1)
-    if offsets is None and count == 1 or size == 0:
+    if (offsets is None and count == 1) or size == 0:
         return pieces.view(-1)
     sums = pieces.new_empty(C * size)
     kinds = (sizes[0], size - sizes[0], 0)
