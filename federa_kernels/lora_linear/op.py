@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .._checks import FLOATS, check_device, check_float, check_shape, failure
+from .._checks import failure
 from . import cpu, reference
+from .checks import check, check_clients
 from .segments import Segments
 
 if TYPE_CHECKING:
@@ -295,67 +296,6 @@ class _LoraLinearShared(torch.autograd.Function):
         return None, None if dx is None else dx.view(*dys[0].shape[:-1], dx.shape[-1]), *flat
 
 
-def _fits(x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None) -> bool:
-    """Whether `_check` has nothing to say, in a fifth of its time: layers are called hundreds of times a step."""
-    if weight.dim() != 2 or x.dim() == 0:
-        return False
-    (N, K), R = weight.shape, lora_A.shape[0] if lora_A.dim() else -1
-    others = (weight, lora_A, lora_B) if bias is None else (weight, lora_A, lora_B, bias)
-    device = x.device
-    return (
-        x.shape[-1] == K
-        and lora_A.shape == (R, K)
-        and lora_B.shape == (N, R)
-        and (bias is None or bias.shape == (N,))
-        and x.dtype in FLOATS
-        and all(t.dtype in FLOATS and t.device == device for t in others)
-    )
-
-
-def _check(op: str, x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None) -> None:
-    if _fits(x, weight, lora_A, lora_B, bias):
-        return
-    check_shape(op, "weight", weight, N=None, K=None)
-    N, K = weight.shape
-    if x.dim() == 0 or x.shape[-1] != K:
-        raise ValueError(failure(op, "x", f"have shape (..., K) with K={K}", tuple(x.shape)))
-    check_shape(op, "lora_A", lora_A, R=None, K=K)
-    check_shape(op, "lora_B", lora_B, N=N, R=lora_A.shape[0])
-    if bias is not None:
-        check_shape(op, "bias", bias, N=N)
-    _check_kinds(op, x=x, weight=weight, lora_A=lora_A, lora_B=lora_B, bias=bias)
-
-
-def _check_kinds(op: str, x: Tensor, **others: Tensor | None) -> None:
-    for argument, t in (("x", x), *others.items()):
-        if t is not None:
-            check_float(op, argument, t)
-            check_device(op, argument, t, x.device)
-
-
-def _check_clients(
-    x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, segments: Segments, bias: Tensor | None
-) -> None:
-    op, C = "lora_linear_clients", len(segments)
-    check_shape(op, "weight", weight, N=None, K=None)
-    N, K = weight.shape
-    check_shape(op, "x", x, M=None, K=K)
-    check_shape(op, "lora_A", lora_A, C=C, R=None, K=K)
-    R = lora_A.shape[1]
-    check_shape(op, "lora_B", lora_B, C=C, N=N, R=R)
-    if bias is not None and bias.dim() == 2:
-        check_shape(op, "bias", bias, C=C, N=N)
-    elif bias is not None:
-        check_shape(op, "bias", bias, N=N)
-    _check_kinds(op, x=x, weight=weight, lora_A=lora_A, lora_B=lora_B, bias=bias)
-    check_device(op, "segments", segments.offsets, x.device)
-    if segments.max_rank is not None and segments.max_rank > R:
-        raise ValueError(failure(op, "segments", f"have ranks up to R={R}", segments.max_rank))
-    # A traced graph must not be bound to one batch's number of rows.
-    if not torch.compiler.is_compiling() and x.shape[0] != segments.rows:
-        raise ValueError(failure(op, "x", f"have the {segments.rows} rows of segments", x.shape[0]))
-
-
 def _compute_dtype(x: Tensor) -> torch.dtype:
     """As F.linear has it: autocast decides, except over float64, which it leaves alone."""
     device = x.device.type
@@ -400,7 +340,7 @@ def lora_linear(
     Raises ValueError for shapes and devices, TypeError for dtypes. LoRA: Hu et al., arXiv 2106.09685.
     """
     weight, frozen = _unfrozen(weight)
-    _check("lora_linear", x, weight, lora_A, lora_B, bias)
+    check("lora_linear", x, weight, lora_A, lora_B, bias)
     dtype = _compute_dtype(x)
     x = x if dtype == x.dtype else x.to(dtype)
     trains = _trains(x, weight, lora_A, lora_B, bias)
@@ -434,7 +374,7 @@ def lora_linear_clients(
     with the device.
     """
     weight, frozen = _unfrozen(weight)
-    _check_clients(x, weight, lora_A, lora_B, segments, bias)
+    check_clients(x, weight, lora_A, lora_B, segments, bias)
     x = x.to(_compute_dtype(x))
     trains = _trains(x, weight, lora_A, lora_B, bias)
     forms = frozen.forms(x.dtype, trains and x.requires_grad) if frozen else (None, None)
@@ -465,7 +405,7 @@ def lora_linear_shared(x: Tensor, projections: Sequence[Projection]) -> list[Ten
     pairs = [_unfrozen(weight) for weight, *_ in projections]
     _, As, Bs, scalings, biases = map(list, zip(*projections, strict=True))
     for (weight, _), lora_A, lora_B, bias in zip(pairs, As, Bs, biases, strict=True):
-        _check("lora_linear_shared", x, weight, lora_A, lora_B, bias)
+        check("lora_linear_shared", x, weight, lora_A, lora_B, bias)
     x = x.to(_compute_dtype(x))
     weights = [weight for weight, _ in pairs]
     trains = _trains(x, *weights, *As, *Bs, *biases)
