@@ -84,6 +84,9 @@ class ClientsOf {
         if (clients.empty()) return;
         clients_ = {count, pointer<const std::int32_t>(clients[0]), pointer<const float>(clients[1]),
                     pointer<const std::int32_t>(clients[2])};
+        bool sound = count > 0 && clients_.offsets[0] == 0 && clients_.offsets[count] == rows;
+        for (Index c = 0; c < count; ++c) sound = sound && clients_.offsets[c] <= clients_.offsets[c + 1];
+        if (!sound) throw py::value_error("lora_linear_clients: segments must end at the rows of x");
     }
     const federa::Clients& get() const { return clients_; }
 
@@ -138,7 +141,7 @@ void low_rank_gradient(Address h, Index h_stride, Index rank, Address x, const p
                               client_stride, rank_stride, column_stride, threads);
 }
 
-// Of each (A, N, K, lda, rank, block, columns, goal, U, S, Vh, left): (status, ||A V - U S||, following, beyond, matvecs).
+// Of each (A, N, K, lda, rank, block, columns, goal, U, S, Vh, left): (status, ||A V - U S||, following, matvecs).
 py::list truncated_svd(const py::list& list, int threads) {
     std::vector<federa::SvdTask> tasks;
     for (const auto& each : list) {
@@ -159,8 +162,7 @@ py::list truncated_svd(const py::list& list, int threads) {
     }
     py::list results;
     for (const auto& task : tasks)
-        results.append(py::make_tuple(static_cast<int>(task.status), task.right, task.following, task.beyond,
-                                      task.matvecs));
+        results.append(py::make_tuple(static_cast<int>(task.status), task.right, task.following, task.matvecs));
     return results;
 }
 

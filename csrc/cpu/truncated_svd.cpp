@@ -177,10 +177,10 @@ void orthonormalise(float* rows, long stride, long b, std::vector<double>& R) {
             for (long j = i; j < b; ++j) R[i * b + j] = L[j * b + i];
 }
 
-double energy_bound(const double* theta, const double* coupling, double beyond, long rank) {
+double energy_bound(const double* theta, const double* coupling, double following, long rank) {
     double lost = 0, captured = 0;
     for (long i = 0; i < rank; ++i) {
-        const double gap = std::max(theta[i] - beyond, std::numeric_limits<double>::min());
+        const double gap = std::max(theta[i] - following, std::numeric_limits<double>::min());
         lost += std::min(coupling[i], coupling[i] * coupling[i] / gap);
         captured += theta[i];
     }
@@ -197,24 +197,17 @@ public:
     void solve() {
         task.matvecs = 0;
         task.status = SvdStatus::not_converged;
-        if (!run(0, 0)) return;
-        for (int attempt = 1; crowded(); ++attempt) {
-            if (attempt > rank / b + 2) break;
+        if (!run(0, 0, rank)) return;
+        if (crowded()) {
             const std::vector<double> before = theta;
-            const double after[] = {following, beyond};
-            long locked = 0;
+            const double after = following;
             // What was found stays in front of the basis, and the next run is orthogonal to it.
-            for (; locked < rank; ++locked) std::memcpy(basis[locked], V[locked], V.stride * sizeof(float));
-            if (!run(rank, attempt)) return;
-            const bool news = theta[0] > before.back() * (1 + 1e-9);
-            if (news) {  // rare: the exact path sorts it out
-                task.status = SvdStatus::not_converged;
-                return;
-            }
+            for (long i = 0; i < rank; ++i) std::memcpy(basis[i], V[i], V.stride * sizeof(float));
+            if (!run(rank, 1, 1)) return;
+            if (theta[0] > before.back() * (1 + 1e-9)) return;  // rare: the slower paths sort it out
             theta = before;
-            following = std::max(after[0], std::min(theta.back(), theta_found)), beyond = std::max(after[1], beyond);
+            following = std::max(after, std::min(theta.back(), theta_found));
             for (long i = 0; i < rank; ++i) std::memcpy(V[i], basis[i], V.stride * sizeof(float));
-            break;
         }
         finish();
     }
@@ -226,7 +219,7 @@ private:
     std::vector<double> theta, coupling, R, again, H, T, values, vectors;
     std::vector<Rotation> rotations;
     std::vector<float> dots;
-    double following = 0, beyond = 0, theta_found = 0;
+    double following = 0, theta_found = 0;
 
     // rows (b) -= basis^T basis rows over the first `known` rows of the basis
     void remove(float* rows, long known) {
@@ -260,10 +253,11 @@ private:
         }
     }
 
-    // One run orthogonal to the first `locked` rows of the basis; whether the bound came down to the goal.
-    bool run(long locked, std::uint64_t seed) {
+    // One run orthogonal to the first `locked` rows of the basis, until the first `wanted` values have converged, each
+    // as far as its share of the goal asks; whether they have.
+    bool run(long locked, std::uint64_t seed, long wanted) {
         const long room = std::min<long>(task.columns, task.K - locked - b) / b * b;
-        if (room < rank + 1) return false;
+        if (room < rank + 4 * b) return false;
         std::vector<double> B;
         basis.zero(locked, b);
         for (long i = 0; i < b; ++i)
@@ -271,7 +265,8 @@ private:
         next_block(locked, seed, B);
         H.assign(room * 2 * b, 0.0);
         dots.resize((locked + room + b) * b);
-        long have = 0, checked = 0, check = std::min(room, padded(4 * rank + 3 * b, b));
+        long have = 0, checked = 0, check = std::min(room, padded(5 * wanted / 2 + 32, b));
+        const double goal = task.goal * rank / wanted;
         double before = 1;
         while (true) {
             float* Q = basis[locked + have];
@@ -293,15 +288,15 @@ private:
                 for (long i = 0; i < b; ++i)
                     for (long j = i; j < b; ++j) below(have + i, have - b + j) = B[i * b + j];
             if (have < check) continue;
-            const double bound = ritz(have, B);
-            if (bound <= task.goal || have == room) {
+            const double bound = ritz(have, B, wanted);
+            if (bound <= goal || have == room) {
                 take(locked, have);
-                return bound <= task.goal;
+                return bound <= goal;
             }
             // With blocks of 4 the bound falls 3 to 8 times a block. A test costs as much as 3 blocks of 768x768: small
             // matrices rather take a block too many.
             const double slope = checked ? std::max(std::log(before / bound) * b / (have - checked), 1.1) : 1.4;
-            const double steps = std::log(bound / task.goal) / slope + (task.N * task.K > 1000000 ? 0.3 : 0.8);
+            const double steps = std::log(bound / goal) / slope + (task.N * task.K > 1000000 ? 0.3 : 0.8);
             check = std::min(room, have + b * std::max(1L, static_cast<long>(std::min(steps, 8.0))));
             checked = have, before = bound;
         }
@@ -310,14 +305,13 @@ private:
     // H[row, column] of the projected matrix, a band of width b, column <= row < column + 2 b
     double& below(long row, long column) { return H[column * 2 * b + row - column]; }
 
-    double ritz(long have, const std::vector<double>& B) {
+    double ritz(long have, const std::vector<double>& B, long wanted) {
         T.assign(have * have, 0.0);
         for (long j = 0; j < have; ++j)
             for (long i = j; i < std::min(have, j + b + 1); ++i) T[i * have + j] = T[j * have + i] = below(i, j);
         values.resize(have), vectors.resize(have * rank);
         leading_eigenpairs(T, have, b, rank, values.data(), vectors.data(), rotations);
         following = have > rank ? std::max(values[rank], 0.0) : 0;
-        beyond = have > rank + 1 ? std::max(values[rank + 1], 0.0) : 0;
         theta_found = std::max(values[0], 0.0);
         for (long r = 0; r < rank; ++r) {
             theta[r] = std::max(values[r], 0.0);
@@ -329,7 +323,7 @@ private:
             }
             coupling[r] = std::sqrt(sum);
         }
-        return energy_bound(theta.data(), coupling.data(), beyond, rank);
+        return energy_bound(theta.data(), coupling.data(), wanted < have ? std::max(values[wanted], 0.0) : 0, wanted);
     }
 
     // V <- the Ritz vectors
@@ -341,11 +335,12 @@ private:
         products().combine(basis[locked], have, task.K, basis.stride, times.data(), wide, V.data, V.stride);
     }
 
-    // Whether b Ritz values in a row agree within 1e-3: there may be more of them than a block can see.
+    // Whether b Ritz values in a row nearly agree: there may be more of them than a block can see. Of values that differ
+    // by w one more may hide while the bound is w^2 / rank.
     bool crowded() const {
-        const long window = std::min(b, rank);
-        for (long i = 0; i + window <= rank; ++i)
-            if (theta[i] > 0 && theta[i + window - 1] >= (1 - 1e-3) * theta[i]) return true;
+        const double width = std::min(0.02, 6 * std::sqrt(task.goal * rank));
+        for (long i = 0; i + b <= std::max(rank, b); ++i)
+            if (values[i] > 0 && values[i + b - 1] >= (1 - width) * values[i]) return true;
         return false;
     }
 
@@ -370,7 +365,7 @@ private:
         image.zero(0, wide);
         products().fused(task.A, N, K, task.lda, V.data, V.stride, image.data, image.stride, wide, 1, W.data());
         task.matvecs += 2 * rank;
-        task.following = following, task.beyond = beyond;
+        task.following = following;
         std::vector<double> gram(rank * rank, 0.0), Z(rank * rank), S2(rank);
         products().outer(W.data(), N, rank, wide, gram.data());
         leading_eigenpairs(gram, rank, rank - 1, rank, S2.data(), Z.data(), rotations);

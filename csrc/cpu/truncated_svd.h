@@ -19,7 +19,7 @@ struct SvdTask {
     float *U, *S, *Vh;
     double* left;                // (rank): ||A^T u - s v||, measured
     double right;                // ||A V - U S||, measured
-    double following, beyond;    // the two Ritz values of A^T A after the last that was taken
+    double following;            // the Ritz value of A^T A after the last that was taken
     std::int64_t matvecs;
     SvdStatus status;
 };

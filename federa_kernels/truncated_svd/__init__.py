@@ -1,5 +1,6 @@
-"""The leading singular triplets of matrices."""
+"""The leading singular triplets of matrices, and of sums of low-rank products that are never formed."""
 
-from .op import TruncatedSVD, truncated_svd
+from .factored import factored_svd, svd_memory_needed
+from .op import TruncatedSVD, smallest_svd, truncated_svd
 
-__all__ = ["TruncatedSVD", "truncated_svd"]
+__all__ = ["TruncatedSVD", "factored_svd", "smallest_svd", "svd_memory_needed", "truncated_svd"]

@@ -119,7 +119,7 @@ def test_zero_band_is_lora():
 @pytest.mark.parametrize(
     ("options", "exception", "message"),
     [
-        ({"band": "minor"}, ValueError, r"band must be one of principal, zero, got 'minor'"),
+        ({"band": "middle"}, ValueError, r"band must be one of principal, minor, orthogonal, zero, got 'middle'"),
         ({"scaling": 0.0}, ValueError, r"scaling must be above 0, got 0.0"),
         ({"scaling": float("nan")}, ValueError, r"scaling must be above 0, got nan"),
         ({"band": "zero"}, ValueError, r'generator must be a torch.Generator for band "zero", got None'),

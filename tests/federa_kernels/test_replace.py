@@ -172,7 +172,7 @@ FACTORS = {"bert.encoder.layer.1.attention.self.key": (torch.zeros(2, 32), torch
         ({"target_modules": "query|("}, r"target_modules must be a valid regular expression, got 'query\|\(': .*"),
         ({"exclude_modules": "["}, r"exclude_modules must be a valid regular expression, got '\[': .*"),
         ({"rank": 33}, r"rank for bert\.encoder\.layer\.0\.attention\.self\.query must be between 1 and 32 .*, got 33"),
-        ({"band": "minor"}, r"band must be one of principal, zero, got 'minor'"),
+        ({"band": "middle"}, r"band must be one of principal, minor, orthogonal, zero, got 'middle'"),
         (
             {"factors": FACTORS | {"odd": ()}, "target_modules": ["key"], "rank": 2},
             r"factors must name exactly the selected layers, "
