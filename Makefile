@@ -1,5 +1,5 @@
 # Each target works on a fresh clone: it makes .venv, installs what it needs once, and is quick the second time.
-#   make run | test | bench | record | lint | clean     ARGS="..." goes to federa or pytest
+#   make run | test | bench | record | lint | kernels | clean     ARGS="..." goes to federa or pytest
 #   PYTHON=python3.12   which Python makes the environment (3.11 or newer)
 #   SYSTEM_TORCH=1      use the PyTorch that PYTHON already has, such as a CPU build, instead of the pinned one
 
@@ -12,7 +12,7 @@ CANDIDATES := $(PYTHON) $(if $(filter file,$(origin PYTHON)),python3.13 python3.
 VENV := $(if $(SYSTEM_TORCH),.venv-system-torch,.venv)
 BIN := $(VENV)/bin
 
-.PHONY: help run test bench record lint clean
+.PHONY: help run test bench record lint kernels clean
 
 help:
 	@sed -n 's/^# \{0,1\}//p' Makefile | head -4
@@ -35,6 +35,10 @@ record: $(VENV)/.test
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+# Every GPU kernel in its shipped tiles, compiled without a GPU: registers, spills, tensor-core instructions.
+kernels: $(VENV)/.test
+	$(BIN)/python -m benchmarks compile_check $(ARGS)
 
 clean:
 	rm -rf .venv .venv-system-torch build *.egg-info federa_kernels/_C.* .hypothesis .pytest_cache .ruff_cache

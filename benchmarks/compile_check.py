@@ -3,14 +3,15 @@
     python -m benchmarks compile_check [--all] [--record]
 
 Triton kernels are compiled just as their launchers launch them, which run here on tensors without memory. By default in
-the tiles that a few usual layers get; --all takes every tile with ranks 16, 64 and 128, for one adapter, many clients
-and shared inputs. Files of csrc/cuda are compiled where nvcc is found. It fails on a spill, on more shared memory than
-the GPU has, and on a product of half-precision tiles that runs off the tensor cores (on Hopper: without HGMMA).
+the tiles that a few usual layers get, most of them on Hopper; --all takes every tile with ranks 16, 64 and 128, for one
+adapter, many clients and shared inputs. Files of csrc/cuda are compiled where nvcc is found. It fails on a spill, on
+more shared memory than the GPU has, and on a half-precision product that runs off the tensor cores (on Hopper: HGMMA).
 """
 
 import argparse
 import collections
 import dataclasses
+import itertools
 import json
 import os
 import re
@@ -34,6 +35,7 @@ from benchmarks.records import RESULTS, ROOT, commit, write
 from federa_kernels.lora_linear import tiles as table
 from federa_kernels.lora_linear.tiles import Tile, Tiles, pick_tiles
 
+FORMS = ("lora_linear", "clients", "shared")
 ARCHS = (80, 90, 100)
 CONSUMER = 89  # stands for the GPUs that get the safe tiles
 SHARED_LIMIT = {80: 166_912, 89: 101_376, 90: 232_448, 100: 232_448}  # bytes a program may have
@@ -126,7 +128,7 @@ class Compiled:
         return found
 
 
-def launches(case: Case, forward: Tiles, backward: Tiles) -> list[Launch]:
+def launches(case: Case, arch: int, tiles: Tiles | None = None) -> list[Launch]:
     """What the launchers of this form would launch in a training step, on tensors without memory."""
     from federa_kernels.lora_linear import triton_kernels
 
@@ -142,41 +144,36 @@ def launches(case: Case, forward: Tiles, backward: Tiles) -> list[Launch]:
     def record(kernel: Any, grid: tuple, tile: Tile, *arguments: Any, **constants: Any) -> None:
         found.append(Launch(kernel, tile, arguments, constants))
 
-    with mock.patch.object(triton_kernels, "_launch", record):
+    with mock.patch.multiple(triton_kernels, _launch=record, _arch=lambda device: arch):
         if case.form == "lora_linear":
-            triton_kernels.launch_lora_linear_fwd(x, weight, A, B, bias, 0.5, tiles=forward)
+            triton_kernels.launch_lora_linear_fwd(x, weight, A, B, bias, 0.5, tiles=tiles)
             needs = [True, False, True, True, False]
-            triton_kernels.launch_lora_linear_bwd(dy, x, empty(M, R), weight, A, B, 0.5, needs, tiles=backward)
+            triton_kernels.launch_lora_linear_bwd(dy, x, empty(M, R), weight, A, B, 0.5, needs, tiles=tiles)
         elif case.form == "clients":
             segments = (empty(C + 1, dtype=torch.int32), empty(C, dtype=torch.float32), empty(C, dtype=torch.int32))
             tensors, needs = (weight, A, B, bias, *segments), [True, False, True, True, False]
-            triton_kernels.launch_lora_linear_clients_fwd(x, *tensors, tiles=forward)
-            triton_kernels.launch_lora_linear_clients_bwd(dy, x, empty(M, R), *tensors, needs, tiles=backward)
+            triton_kernels.launch_lora_linear_clients_fwd(x, *tensors, tiles=tiles)
+            triton_kernels.launch_lora_linear_clients_bwd(dy, x, empty(M, R), *tensors, needs, tiles=tiles)
         else:
             lists, needs = ([weight] * P, [A] * P, [B] * P), [True, *[False, True, True, False] * P]
-            triton_kernels.launch_lora_linear_shared_fwd(x, *lists, [bias] * P, [0.5] * P, tiles=forward)
+            triton_kernels.launch_lora_linear_shared_fwd(x, *lists, [bias] * P, [0.5] * P, tiles=tiles)
             h = empty(M, P * R)
-            triton_kernels.launch_lora_linear_shared_bwd([dy] * P, x, h, *lists, [0.5] * P, needs, tiles=backward)
+            triton_kernels.launch_lora_linear_shared_bwd([dy] * P, x, h, *lists, [0.5] * P, needs, tiles=tiles)
     return found
 
 
 def triton_launches(every: bool) -> Iterator[tuple[int, Case, Launch]]:
     """(arch, case, launch) of everything that is compiled."""
     for arch in (*ARCHS, CONSUMER) if every else ARCHS:
-        for case in (*DEFAULT, FLOAT32) if every or arch == 90 else DEFAULT:
-            picked = [
-                pick_tiles(case.M, *sizes, case.R, case.dtype, arch) for sizes in ((case.N, case.K), (case.K, case.N))
-            ]
-            yield from ((arch, case, launch) for launch in launches(case, *picked))
-        if not every:
-            continue
-        for tile in table.GEMM.get(arch, table.SAFE_GEMM):
-            for form in ("lora_linear", "clients", "shared"):
-                for R in (16, 64) if form == "shared" else (16, 64, 128):
-                    case = Case(form, 8192, 768, 768, R // 2 if form == "shared" else R)
-                    tiles = pick_tiles(case.M, case.N, case.K, R, case.dtype, arch)
-                    picked = [dataclasses.replace(tiles, gemm=tile, on_the_fly=fly) for fly in (R <= 16, False)]
-                    yield from ((arch, case, launch) for launch in launches(case, *picked))
+        for case in (*DEFAULT, FLOAT32) if every or arch == 90 else DEFAULT[::2]:
+            yield from ((arch, case, launch) for launch in launches(case, arch))
+        for tile, form, R in itertools.product(table.GEMM.get(arch, table.SAFE_GEMM), FORMS, (16, 64, 128) * every):
+            case = Case(form, 8192, 768, 768, R // 4 if form == "shared" else R)
+            tiles = pick_tiles(case.M, case.N, case.K, R, case.dtype, arch, form == "clients")
+            if tile in table.gemm_tiles(R, case.dtype, arch, form == "clients"):
+                for fly in {R <= 16, False}:
+                    tiles = dataclasses.replace(tiles, gemm=tile, on_the_fly=fly)
+                    yield from ((arch, case, launch) for launch in launches(case, arch, tiles))
 
 
 def compile_triton(arch: int, case: Case, launch: Launch, folder: Path) -> Compiled:
@@ -223,12 +220,25 @@ def compile_cuda(folder: Path) -> Iterator[Compiled]:
                 yield Compiled(name, "", source.name, arch, registers, spills, shared, mma)
 
 
-def show(rows: Sequence[Compiled]) -> None:
-    print(f"{'kernel':14} {'sm':>3} {'regs':>4} {'spill':>5} {'shared':>7}  {'tensor cores':24} tile | case")
-    for row in rows:
-        mma = " ".join(f"{count} {name}" for name, count in sorted(row.mma.items()))
-        sizes = f"{row.kernel:14} {row.arch:3} {row.registers:4} {row.spills:5} {row.shared:7}"
-        print(f"{sizes}  {mma:24} {row.tile} | {row.case}")
+HEADER = f"{'kernel':14} {'sm':>3} {'regs':>4} {'spill':>5} {'shared':>7}  {'tensor cores':24} tile | case"
+
+
+def line(row: Compiled) -> str:
+    mma = " ".join(f"{count} {name}" for name, count in sorted(row.mma.items()))
+    sizes = f"{row.kernel:14} {row.arch:3} {row.registers:4} {row.spills:5} {row.shared:7}"
+    return f"{sizes}  {mma:24} {row.tile} | {row.case}"
+
+
+def compiled(every: bool) -> Iterator[Compiled]:
+    """Every row of the table; what two cases have in common is compiled for the first."""
+    seen = set()
+    with tempfile.TemporaryDirectory() as folder:
+        for arch, case, launch in triton_launches(every):
+            key = (arch, launch.kernel.__name__, str(launch.tile), str(launch.source()))
+            if key not in seen:
+                seen.add(key)
+                yield compile_triton(arch, case, launch, Path(folder))
+        yield from compile_cuda(Path(folder))
 
 
 def main(argv: Sequence[str]) -> int:
@@ -238,15 +248,11 @@ def main(argv: Sequence[str]) -> int:
     options = parser.parse_args(argv)
     if os.environ.get("TRITON_INTERPRET") == "1":
         raise RuntimeError("compile_check: TRITON_INTERPRET must not be set, the interpreter compiles nothing")
-    start, rows, seen = time.monotonic(), [], set()
-    with tempfile.TemporaryDirectory() as folder:
-        for arch, case, launch in triton_launches(options.all):
-            key = (arch, launch.kernel.__name__, str(launch.tile), str(launch.source()))
-            if key not in seen:
-                seen.add(key)
-                rows.append(compile_triton(arch, case, launch, Path(folder)))
-        rows += compile_cuda(Path(folder))
-    show(rows)
+    start, rows = time.monotonic(), []
+    print(HEADER)
+    for row in compiled(options.all):
+        print(line(row), flush=True)
+        rows.append(row)
     failures = [
         f"{row.kernel} sm_{row.arch} {row.tile} ({row.case}) {problem}" for row in rows for problem in row.problems()
     ]

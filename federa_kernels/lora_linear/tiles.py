@@ -61,7 +61,7 @@ def gemm_tiles(R: int, dtype: torch.dtype, arch: int, clients: bool) -> tuple[Ti
     if dtype == torch.float32:
         return FLOAT32_GEMM
     found = GEMM.get(generation, SAFE_GEMM)
-    spills = R > 64 or (clients and generation == 100)
+    spills = R > 32 or (clients and generation == 100)  # from the largest
     return found[1:] if spills and len(found) > 1 else found
 
 

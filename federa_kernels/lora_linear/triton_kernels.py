@@ -14,6 +14,7 @@ launches depends on C. Sizes as in `reference`; ranks round up to a power of two
 
 import functools
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import accumulate
 from typing import Any, NamedTuple
 
@@ -595,7 +596,9 @@ def _backward(dys, x, h, weights, lora_As, lora_Bs, scalings, segments, bias, ne
     (M, K), C, first = (dys[0].shape[0], weights[0].shape[1]), _clients(segments[0]), dys[0]
     N, R = [weight.shape[0] for weight in weights], [lora_A.shape[-2] for lora_A in lora_As]
     need_x, need_A, need_B, need_b = needs[0], any(needs[2::4]), needs[3::4], needs[4::4]
-    tiles = tiles or pick_tiles(M, K, sum(N), sum(R), first.dtype, _arch(first.device), segments is not ONE)
+    target = (first.dtype, _arch(first.device), segments is not ONE)
+    over_dys = [tiles or pick_tiles(M, K, n, r, *target) for n, r in zip(N, R, strict=True)]
+    tiles = tiles or pick_tiles(M, K, sum(N), sum(R), *target)
     sizes = [need_A * sum(R) * K, *(need * n * r for need, n, r in zip(need_B, N, R, strict=True))]
     sizes += [need * n for need, n in zip(need_b, N, strict=True)]
     count = max(1, triton.cdiv(M, tiles.chunk)) + C - 1
@@ -607,7 +610,8 @@ def _backward(dys, x, h, weights, lora_As, lora_Bs, scalings, segments, bias, ne
     for p, dy in enumerate(dys):
         own = (others[p] if need_B[p] else None, others[len(dys) + p] if need_b[p] else None)
         h_p = h[:, columns[p]] if need_B[p] else None
-        dh_parts = _over_dy(dy, h_p, lora_Bs[p], need_x or need_A, own, scalings[p], segments, tiles)
+        over_dy = replace(over_dys[p], chunk=tiles.chunk)
+        dh_parts = _over_dy(dy, h_p, lora_Bs[p], need_x or need_A, own, scalings[p], segments, over_dy)
         terms.append(_Term(dy, weights[p], dh_parts, lora_As[p], 1.0))
     dx = first.new_empty((M, K)) if need_x else None
     if need_x:
