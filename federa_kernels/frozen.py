@@ -13,18 +13,18 @@ from .lora_linear import cpu, lora_linear
 class FrozenWeight:
     """One tensor W (N,K) and, made at first use, its packed forms for x W^T and dy W.
 
-    The tensor stays the only truth: packed forms are never stored, copied or pickled, and are made again when it
-    has moved, changed its dtype or been written to in place (a write through `.data` is not seen). Compiled graphs work
+    The tensor stays the only truth: packed forms are never stored, copied or pickled, and are made again when it has
+    moved, changed its dtype or been written to in place (a write through `.data` is not seen). Compiled graphs work
     without them.
 
     weight  (N,K)  float dtype, as given or cast to `dtype`; gradients never reach it
 
-    Memory beside the weight, for each of the two forms in use: 6 bytes an entry for float32, 2 for bfloat16, with N and
-    K rounded up to 32; nothing where the device has no packed form (see `explain`). A thread that multiplies keeps about
-    2 MB to work in, and room for the adapters' packed forms.
+    Memory beside the weight, for each of the two forms in use: 6 bytes an entry for float32, 2 for bfloat16, with N
+    and K rounded up to 32; nothing where the device has no packed form (see `explain`). A thread that multiplies keeps
+    about 2 MB to work in, and room for the adapters' packed forms.
 
-    Packed float32 is as exact as float32, with two exceptions: an infinity, or a magnitude above 3.39e38, makes NaN, and
-    parts of magnitudes below 1e-33 may be lost.
+    Packed float32 is as exact as float32, with two exceptions: an infinity, or a magnitude above 3.39e38, makes NaN,
+    and parts of magnitudes below 1e-33 may be lost.
     """
 
     def __init__(self, weight: Tensor, *, dtype: torch.dtype | None = None):

@@ -83,8 +83,8 @@ def test_11_compile_with_autocast_and_checkpointing(warm):
         y = f(given)
         y.sum().backward()
         found.append((y, given.grad, layer.lora_A.grad, layer.lora_B.grad))
-    for got, want in zip(*found, strict=True):
-        torch.testing.assert_close(got, want, rtol=2e-2, atol=2e-2)
+    for got, want in zip(*found, strict=True):  # two paths of bfloat16, each with its own rounding
+        assert (got - want).norm() <= 2 * torch.finfo(torch.bfloat16).eps * want.norm()
 
 
 def test_11_a_frozen_weight_under_fake_tensors_ends_no_process():
