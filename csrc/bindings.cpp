@@ -111,6 +111,16 @@ federa::Projection projection_of(const py::tuple& t) {
     return p;
 }
 
+py::list engines() {
+    py::list names;
+    for (const char* name : federa::engines()) names.append(name);
+    return names;
+}
+
+void set_engine(const std::string& name) {
+    if (!federa::set_engine(name.c_str())) throw py::value_error("set_engine: name must be of engines(), got " + name);
+}
+
 void pack(Address source, const py::str& kind, Index columns, Index column_stride, Index depth, Index depth_stride,
           Address packed, int threads) {
     const federa::Kind of = kind_of(kind);
@@ -172,7 +182,10 @@ PYBIND11_MODULE(_C, module) {
     module.doc() = "Compiled kernels of federa: raw pointers and sizes in, nothing of torch.";
     module.def("build_info", &build_info, "version, compiler, cpp_standard, cuda_version or cuda_missing, architectures");
     module.def("cpu_features", &cpu_features, "name -> whether this processor and operating system can run it");
-    module.def("tiles_available", &federa::tiles_available, "whether the tile units (AMX) can be used by this process");
+    module.def("tiles_available", [] { return federa::tiles_available(); }, "whether the tile units (AMX) can be used");
+    module.def("engines", &engines, "the implementations of low_rank_linear that run here, best first: amx, avx512, avx2");
+    module.def("engine", &federa::engine, "the one in use, or none");
+    module.def("set_engine", &set_engine, "for tests and measurements: uses another; what is packed must be packed again");
     module.def("packed_bytes", [](const py::str& kind, Index columns, Index depth) {
         return federa::packed_bytes(kind_of(kind), columns, depth);
     });

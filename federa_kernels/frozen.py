@@ -19,12 +19,13 @@ class FrozenWeight:
 
     weight  (N,K)  float dtype, as given or cast to `dtype`; gradients never reach it
 
-    Memory beside the weight, for each of the two forms in use: 6 bytes an entry for float32, 2 for bfloat16, with N
-    and K rounded up to 32; nothing where the device has no packed form (see `explain`). A thread that multiplies keeps
-    about 2 MB to work in, and room for the adapters' packed forms.
+    Memory beside the weight, for each of the two forms in use: on tile units (AMX) 6 bytes an entry for float32, 2 for
+    bfloat16, with N and K rounded up to 32; with AVX-512 or AVX2 as much as the weight, with the outputs (N, or K for
+    dy W) rounded up to 16 or 8; nothing where the device has no packed form (see `explain`). A thread that multiplies
+    keeps about 2 MB to work in, and room for the adapters' packed forms.
 
-    Packed float32 is as exact as float32, with two exceptions: an infinity, or a magnitude above 3.39e38, makes NaN,
-    and parts of magnitudes below 1e-33 may be lost.
+    Packed float32 is as exact as float32, on tile units with two exceptions: an infinity, or a magnitude above 3.39e38,
+    makes NaN, and parts of magnitudes below 1e-33 may be lost.
     """
 
     def __init__(self, weight: Tensor, *, dtype: torch.dtype | None = None):
@@ -46,7 +47,8 @@ class FrozenWeight:
         # tensor does not count its versions.
         if torch.compiler.is_compiling() or type(weight) not in (Tensor, nn.Parameter) or weight.is_inference():
             return None, None
-        now = (weight.untyped_storage()._cdata, weight.storage_offset(), weight._version, weight.dtype, weight.shape)
+        place = (weight.untyped_storage()._cdata, weight.storage_offset())
+        now = (cpu.engine(), *place, weight._version, weight.dtype, weight.shape)
         if now != self._made_of:
             forms.clear()
             # The weak reference keeps the storage's name, so that no other storage gets it while the forms are there.

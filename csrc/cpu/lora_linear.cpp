@@ -1,16 +1,15 @@
-#include "cpu/lora_linear.h"
+// lora_linear.h on the tile units (AMX).
 
 #include <algorithm>
 #include <cstring>
-#include <memory>
-#include <stdexcept>
 
+#include "cpu/engines.h"
 #include "cpu/parallel.h"
+#include "cpu/scratch.h"
 
 #if defined(__x86_64__) && defined(__linux__) && (defined(__clang__) ? __clang_major__ >= 14 : __GNUC__ >= 11)
 #define FEDERA_TILES 1
 #include <immintrin.h>
-#include <sys/mman.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
@@ -21,17 +20,9 @@ namespace federa {
 
 #ifndef FEDERA_TILES
 
-namespace {
-[[noreturn]] void absent() { throw std::runtime_error("no tile units here; tiles_available() says so"); }
-}  // namespace
-
 bool tiles_available() { return false; }
-std::size_t packed_bytes(Kind, std::int64_t, std::int64_t) { absent(); }
-void pack(const void*, Kind, std::int64_t, std::int64_t, std::int64_t, std::int64_t, void*, int) { absent(); }
-void low_rank_linear(const void*, Kind, std::int64_t, std::int64_t, std::int64_t, const std::vector<Projection>&,
-                     const Clients&, bool, int) { absent(); }
-void low_rank_gradient(const void*, std::int64_t, std::int64_t, const void*, Kind, std::int64_t, std::int64_t,
-                       const Clients&, float, float*, std::int64_t, std::int64_t, std::int64_t, int) { absent(); }
+
+const Engine amx{"amx", tiles_available, true, nullptr, nullptr, nullptr, nullptr};
 
 #else
 
@@ -544,42 +535,12 @@ void gradient_rows(const bf16* h_tiles, Index rank_blocks, const void* x, Kind k
 #pragma GCC pop_options
 #endif
 
-// Memory that grows and is kept by its thread.
-class Scratch {
-  public:
-    template <class T>
-    T* take(std::size_t count) {
-        if (const std::size_t bytes = count * sizeof(T); bytes > size_) {
-            data_.reset(static_cast<unsigned char*>(::operator new(bytes, std::align_val_t{64})));
-            size_ = bytes;
-        }
-        return reinterpret_cast<T*>(data_.get());
-    }
-
-  private:
-    struct Delete {
-        void operator()(unsigned char* data) const { ::operator delete(data, std::align_val_t{64}); }
-    };
-    std::unique_ptr<unsigned char, Delete> data_;
-    std::size_t size_ = 0;
-};
-
 const void* at(const void* base, Kind kind, Index offset) {
     return static_cast<const unsigned char*>(base) + offset * (kind == Kind::float32 ? 4 : 2);
 }
 
 void* at(void* base, Kind kind, Index offset) {
     return static_cast<unsigned char*>(base) + offset * (kind == Kind::float32 ? 4 : 2);
-}
-
-// A large result is fresh memory more often than not; in huge pages its first write takes half the time (2 x 6 MiB:
-// 1.4 instead of 2.9 ms, 2026-11-22). Advice only: where the system knows better, nothing happens.
-void advise_huge_pages(void* data, std::size_t size) {
-    constexpr std::uintptr_t page = 4096;
-    if (size < std::size_t{4} << 20) return;
-    const std::uintptr_t begin = (reinterpret_cast<std::uintptr_t>(data) + page - 1) / page * page;
-    const std::uintptr_t end = (reinterpret_cast<std::uintptr_t>(data) + size) / page * page;
-    madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
 }
 
 // One call of low_rank_linear: what all tasks share.
@@ -797,12 +758,14 @@ bool tiles_available() {
     return available;
 }
 
-std::size_t packed_bytes(Kind kind, Index columns, Index depth) {
+namespace {
+
+std::size_t size_of(Kind kind, Index columns, Index depth) {
     return sizeof(bf16) * blocks(columns, SIDE) * blocks(depth, SIDE) * planes_of(kind) * 2 * TILE;
 }
 
-void pack(const void* source, Kind kind, Index columns, Index column_stride, Index depth, Index depth_stride,
-          void* packed, int threads) {
+void pack_weight(const void* source, Kind kind, Index columns, Index column_stride, Index depth, Index depth_stride,
+                 void* packed, int threads) {
     const Index steps = blocks(depth, SIDE), step_size = planes_of(kind) * 2 * TILE;
     parallel_for(blocks(columns, SIDE), threads, [&](long panel) {
         const Index n = panel * SIDE;
@@ -813,15 +776,11 @@ void pack(const void* source, Kind kind, Index columns, Index column_stride, Ind
     });
 }
 
-void low_rank_linear(const void* x, Kind kind, Index rows, Index depth, Index x_stride,
-                     const std::vector<Projection>& projections, const Clients& clients, bool accumulate,
-                     int threads) {
+void linear(const void* x, Kind kind, Index rows, Index depth, Index x_stride,
+            const std::vector<Projection>& projections, const Clients& clients, bool accumulate, int threads) {
     Job job{x, kind, rows, depth, x_stride, projections, clients, accumulate, {}, {}, 0, 0};
     std::size_t size = 0;
-    for (const Projection& p : projections) {
-        if (p.packed && !accumulate) advise_huge_pages(p.out, rows * p.columns * (kind == Kind::float32 ? 4 : 2));
-        size += clients.count * (job.down_size(p) + job.up_size(p));
-    }
+    for (const Projection& p : projections) size += clients.count * (job.down_size(p) + job.up_size(p));
     thread_local Scratch adapters;
     bf16* next = adapters.take<bf16>(size);
     for (const Projection& p : projections) {
@@ -850,9 +809,9 @@ void low_rank_linear(const void* x, Kind kind, Index rows, Index depth, Index x_
     });
 }
 
-void low_rank_gradient(const void* h, Index h_stride, Index rank, const void* x, Kind kind, Index columns,
-                       Index x_stride, const Clients& clients, float scaling, float* gradient, Index client_stride,
-                       Index rank_stride, Index column_stride, int threads) {
+void gradient_of(const void* h, Index h_stride, Index rank, const void* x, Kind kind, Index columns, Index x_stride,
+                 const Clients& clients, float scaling, float* gradient, Index client_stride, Index rank_stride,
+                 Index column_stride, int threads) {
     const Index parts = clients.count >= 4 * threads ? 1 : blocks(threads, clients.count);
     const Index slab = blocks(blocks(columns, parts), 64) * 64;
     parallel_for(clients.count * parts, threads, [&](long task) {
@@ -888,6 +847,10 @@ void low_rank_gradient(const void* h, Index h_stride, Index rank, const void* x,
         }
     });
 }
+
+}  // namespace
+
+const Engine amx{"amx", tiles_available, true, size_of, pack_weight, linear, gradient_of};
 
 #endif  // FEDERA_TILES
 

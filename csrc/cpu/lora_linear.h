@@ -6,25 +6,38 @@
 
 namespace federa {
 
-// What the tile units of this processor (AMX) make of a linear layer and its low-rank adapters:
+// A linear layer over a packed frozen weight and its low-rank adapters:
 //
 //     h = x down^T        out = x P + s h up^T + bias
 //
 // forward:  x, P = W^T, down = A, up = B          backward:  x := dy, P = W, down = B^T, up = A^T, out = dx, h = dy B
 //
-// A float32 is the sum of three bfloat16s up to a last bit, and the tile units multiply bfloat16 16 times as fast as
-// AVX-512 multiplies float32: six of the nine products (the other three lie below float32's rounding), accumulated in
-// float32 in chains of 16, are as exact as float32 and take 6/16 of the time. A bfloat16 weight takes three products
-// with a float32 x, one with a bfloat16 x.
+// Three engines, of which the first that runs here does it all:
+//
+// amx     A float32 is the sum of three bfloat16s up to a last bit, and the tile units multiply bfloat16 16 times as
+//         fast as AVX-512 multiplies float32: six of the nine products (the other three lie below float32's rounding),
+//         accumulated in float32 in chains of 16, are as exact as float32 and take 6/16 of the time. A bfloat16 weight
+//         takes three products with a float32 x, one with a bfloat16 x.
+// avx512  float32 multiply-adds; a bfloat16 weight is widened on the way, x must be float32.
+// avx2    The same with half the registers, and the same bits.
 
-// Whether this processor and operating system can, and permission is granted. First called, it asks the system.
+// Whether the tile units can be used. First called, it asks the system for permission.
 bool tiles_available();
+
+// The engines that run on this processor and operating system, best first.
+std::vector<const char*> engines();
+
+// The one in use, or "none". What is packed is for the engine that packed it.
+const char* engine();
+
+// For tests and measurements; false, and nothing changed, for a name that is neither "none" nor among engines().
+bool set_engine(const char* name);
 
 enum class Kind { float32 = 0, bfloat16 = 1 };
 
-// Panels of a matrix P with `depth` rows and `columns` columns, P[d][c] = source[d * depth_stride + c * column_stride]:
-// for each 32 columns, for each 32 rows of depth, one plane of bfloat16 (Kind::bfloat16) or three (float32) of two
-// tiles of 16 columns, zero where P ends.
+// Panels of a matrix P with `depth` rows and `columns` columns, P[d][c] = source[d * depth_stride + c * column_stride],
+// zero where P ends. amx: for each 32 columns, for each 32 rows of depth, one plane of bfloat16 (Kind::bfloat16) or
+// three (float32) of two tiles of 16 columns. Others: for each 16 (avx2: 8) columns all rows, in their kind.
 std::size_t packed_bytes(Kind kind, std::int64_t columns, std::int64_t depth);
 void pack(const void* source, Kind kind, std::int64_t columns, std::int64_t column_stride, std::int64_t depth,
           std::int64_t depth_stride, void* packed, int threads);
@@ -54,7 +67,7 @@ struct Projection {
 };
 
 // x (rows, depth) with row stride `x_stride`; `accumulate` adds to out instead of starting at the bias. A row's results
-// do not depend on the other rows nor on the number of threads.
+// do not depend on the number of threads, nor on the other rows, but for a last bit where clients share 32 rows (amx).
 void low_rank_linear(const void* x, Kind kind, std::int64_t rows, std::int64_t depth, std::int64_t x_stride,
                      const std::vector<Projection>& projections, const Clients& clients, bool accumulate, int threads);
 

@@ -1,7 +1,8 @@
-"""The CPU path: kernels in C++ (csrc/cpu/lora_linear.h) over packed frozen weights, where the processor has tile units.
+"""The CPU path: kernels in C++ (csrc/cpu/lora_linear.h) over packed frozen weights, by the best engine that runs here.
 
-float32 rows meet a float32 weight as three bfloat16 planes each, six products: as exact as float32. A bfloat16 weight
-takes three products with float32 rows, which are not rounded, and one with bfloat16 rows.
+On tile units (amx) float32 rows meet a float32 weight as three bfloat16 planes each, six products: as exact as float32.
+A bfloat16 weight takes three products with float32 rows, which are not rounded, and one with bfloat16 rows. With
+AVX-512 or AVX2 float32 rows are multiplied in float32, and bfloat16 rows are left to PyTorch.
 """
 
 import functools
@@ -22,10 +23,26 @@ Clients = tuple[Tensor, Tensor, Tensor]
 
 
 @functools.cache
-def kernels() -> ModuleType | None:
-    """The extension, where it can use the processor's tile units."""
+def engine() -> str:
+    """The one in use: "amx", "avx512", "avx2", or "none" where none of them runs here or the extension is not built."""
     extension = load_extension()
-    return extension if extension is not None and extension.tiles_available() else None
+    return "none" if extension is None else extension.engine()
+
+
+def use_engine(name: str) -> None:
+    """For tests and measurements: another of `load_extension().engines()`, or "none". What an earlier engine packed
+    must not be used any more: a FrozenWeight packs again, a backward pass that is still to come does not."""
+    load_extension().set_engine(name)
+    engine.cache_clear()
+
+
+def kernels() -> ModuleType | None:
+    """The extension, where one of its engines runs on this processor."""
+    return None if engine() == "none" else load_extension()
+
+
+def _rows_taken() -> tuple[torch.dtype, ...]:
+    return {"amx": (torch.float32, torch.bfloat16), "none": ()}.get(engine(), (torch.float32,))
 
 
 def why_not(rows: torch.dtype, weight: Tensor) -> str | None:
@@ -38,7 +55,9 @@ def why_not(rows: torch.dtype, weight: Tensor) -> str | None:
         return "the weight is empty"
     if load_extension() is None:
         return "federa_kernels._C is not built"
-    return None if kernels() else "the processor has no tile units (AMX)"
+    if kernels() is None:
+        return "the processor has neither tile units (AMX) nor AVX-512 nor AVX2 with FMA"
+    return None if rows in _rows_taken() else f"{rows} rows, which take tile units (AMX); this is {engine()}"
 
 
 def packs(rows: torch.dtype, weight: Tensor) -> bool:
@@ -48,6 +67,8 @@ def packs(rows: torch.dtype, weight: Tensor) -> bool:
 
 def describe(rows: torch.dtype, weight: Tensor) -> str:
     """What is computed where `packs` says so."""
+    if engine() != "amx":
+        return f"C++ on {engine()}: packed {weight.dtype}, float32 products for {rows} rows, exact to float32"
     products = {(torch.float32, torch.float32): 6, (torch.float32, torch.bfloat16): 3}.get((rows, weight.dtype), 1)
     exact = "exact to float32" if products > 1 else "rounded to bfloat16"
     return f"C++ on tile units (AMX): packed {weight.dtype}, {products} bfloat16 products for {rows} rows, {exact}"
@@ -55,7 +76,7 @@ def describe(rows: torch.dtype, weight: Tensor) -> str:
 
 def takes(rows: Tensor, ranks: Sequence[int]) -> bool:
     """Whether these kernels take rows (M,K) and adapters of these ranks, given packed weights."""
-    return kernels() is not None and rows.dtype in KINDS and rows.numel() > 0 and max(ranks, default=0) <= MAX_RANK
+    return rows.dtype in _rows_taken() and rows.numel() > 0 and max(ranks, default=0) <= MAX_RANK
 
 
 def pack(weight: Tensor, transposed: bool) -> Tensor:
