@@ -182,7 +182,6 @@ PYBIND11_MODULE(_C, module) {
     module.doc() = "Compiled kernels of federa: raw pointers and sizes in, nothing of torch.";
     module.def("build_info", &build_info, "version, compiler, cpp_standard, cuda_version or cuda_missing, architectures");
     module.def("cpu_features", &cpu_features, "name -> whether this processor and operating system can run it");
-    module.def("tiles_available", [] { return federa::tiles_available(); }, "whether the tile units (AMX) can be used");
     module.def("engines", &engines, "the implementations of low_rank_linear that run here, best first: amx, avx512, avx2");
     module.def("engine", &federa::engine, "the one in use, or none");
     module.def("set_engine", &set_engine, "for tests and measurements: uses another; what is packed must be packed again");

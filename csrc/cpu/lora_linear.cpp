@@ -20,7 +20,7 @@ namespace federa {
 
 #ifndef FEDERA_TILES
 
-bool tiles_available() { return false; }
+static bool tiles_available() { return false; }
 
 const Engine amx{"amx", tiles_available, true, nullptr, nullptr, nullptr, nullptr};
 
@@ -671,6 +671,7 @@ class Task {
         const Index p_planes = planes_of(p.kind), panels = blocks(p.columns, SIDE);
         const Index up_panel = job_.up_panel(p);
         alignas(64) float starts[4][256], stops[4][256], lows[4][256];
+        constexpr Source zero[4] = {};
         float* const all_stops[4] = {stops[0], stops[1], stops[2], stops[3]};
         float* const all_lows[4] = {lows[0], lows[1], lows[2], lows[3]};
         for (Index n = group_ * panels / job_.column_groups; n < (group_ + 1) * panels / job_.column_groups; ++n) {
@@ -684,8 +685,10 @@ class Task {
                 // One client's product goes on top. Several clients' are kept apart: zeros in the rows of one times
                 // what another made infinite would be NaN.
                 const Extra extra = shares == 1 ? extra_of(first) : Extra{};
+                // Stretches of a deep product are summed apart, or its rounding would grow with the depth.
+                const bool apart = !begin && job_.depth > 4096;
                 const bool direct = job_.kind == Kind::float32 && row + SIDE <= end_ && column + SIDE <= p.columns &&
-                                    shares < 2;
+                                    shares < 2 && !apart;
                 Source start[4];
                 float* stop[4];
                 for (int t = 0; t < 4; ++t) {
@@ -694,9 +697,9 @@ class Task {
                     stop[t] = direct ? static_cast<float*>(p.out) + r * p.columns + c : all_stops[t];
                 }
                 block_product(job_.kind, static_cast<int>(p_planes), x + s * strip, panel, steps, &extra, shares == 1,
-                              job_.rank_blocks(p), start, stop, direct ? p.columns * 4 : 64);
+                              job_.rank_blocks(p), apart ? zero : start, stop, direct ? p.columns * 4 : 64);
                 if (direct) continue;
-                constexpr Source zero[4] = {};
+                if (apart) add_rows(stops, starts, 0, SIDE);
                 for (Index i = first; shares > 1 && i < first + shares; ++i) {
                     const Extra low = extra_of(i);
                     block_product(job_.kind, static_cast<int>(p_planes), nullptr, nullptr, 0, &low, 1,
@@ -747,7 +750,8 @@ class Task {
 
 }  // namespace
 
-bool tiles_available() {
+// First called, it asks the system for permission to use the tile units.
+static bool tiles_available() {
     static const bool available = [] {
         for (const auto& [name, there] : cpu_features())
             for (const char* needed : {"amx_tile", "amx_bf16", "avx512_bf16", "avx512f", "avx512bw", "avx512vl"})

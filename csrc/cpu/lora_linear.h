@@ -21,9 +21,6 @@ namespace federa {
 // avx512  float32 multiply-adds; a bfloat16 weight is widened on the way, x must be float32.
 // avx2    The same with half the registers, and the same bits.
 
-// Whether the tile units can be used. First called, it asks the system for permission.
-bool tiles_available();
-
 // The engines that run on this processor and operating system, best first.
 std::vector<const char*> engines();
 
