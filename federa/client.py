@@ -12,7 +12,7 @@ from federa.config import ClientConfig, Config
 from federa.data import Examples, length_grouped_batches
 from federa.methods import Learner
 from federa.randomness import Purpose, generator, torch_seed
-from federa.tasks import loss_sum
+from federa.tasks import losses
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,8 @@ def train_client(
     """Trains the global tensors `start` on examples[indices] for one round (counted from 1) and returns the result.
 
     The optimiser starts fresh, its rate follows the schedule over all rounds. Minimises the mean cross entropy of each
-    step's examples plus, with proximal_mu, FedProx's mu/2 ||w - start||^2 (arXiv 1812.06127).
+    step's units (one an example in classification) plus, with proximal_mu, FedProx's mu/2 ||w - start||^2
+    (arXiv 1812.06127).
     """
     learner.load(start)
     learner.model.train()
@@ -49,7 +50,7 @@ def train_client(
     optimizer = _optimizer(learner, config.client)
     base_rates = [group["lr"] for group in optimizer.param_groups]
     total = local_steps(len(indices), config.client)
-    losses, seen = 0.0, 0
+    loss, seen = 0.0, 0
     with _dropout_streams(learner, config) as seed_dropout:
         for step, batches in enumerate(_steps(examples, indices, client, round, config, total)):
             factor = rate_factor(config.client, (round - 1 + (step + 0.5) / total) / config.server.rounds)
@@ -57,27 +58,31 @@ def train_client(
                 group["lr"] = rate * factor
             seed_dropout(round=round, client=client, step=step)
             optimizer.zero_grad(set_to_none=True)
-            losses += _accumulate_gradients(learner, examples, batches)
-            seen += sum(map(len, batches))
+            loss += _accumulate_gradients(learner, examples, batches)
+            seen += _units(examples, batches)
             for parameter, origin in zip(parameters, anchor, strict=False):
                 if parameter.grad is not None:
                     parameter.grad.add_(parameter.detach() - origin, alpha=mu)
             if config.client.clip_norm is not None:
                 torch.nn.utils.clip_grad_norm_(parameters, config.client.clip_norm)
             optimizer.step()
-    mean_loss = losses / seen
+    mean_loss = loss / seen
     return ClientUpdate(client, len(indices), total, learner.state(), {"loss": mean_loss}, math.isfinite(mean_loss))
 
 
 def _accumulate_gradients(learner: Learner, examples: Examples, batches: list[np.ndarray]) -> float:
-    """Gradients of the mean loss over the examples of all `batches`; returns the sum of their losses."""
-    count, losses = sum(map(len, batches)), 0.0
+    """Gradients of the mean loss over the units of all `batches`; returns the sum of their losses."""
+    units, total = _units(examples, batches), 0.0
     for indices in batches:
         batch = {name: tensor.to(learner.device) for name, tensor in examples.batch(indices).items()}
-        loss = loss_sum(learner.model, batch)
-        (loss / count).backward()
-        losses += loss.item()
-    return losses
+        loss = losses(learner.model, batch).sum()
+        (loss / units).backward()
+        total += loss.item()
+    return total
+
+
+def _units(examples: Examples, batches: list[np.ndarray]) -> int:
+    return sum(int(examples.units[indices].sum()) for indices in batches)
 
 
 @contextmanager

@@ -71,6 +71,11 @@ class Examples:
     def lengths(self) -> np.ndarray:
         return np.diff(self.offsets)
 
+    @property
+    def units(self) -> np.ndarray:
+        """How many predictions each example asks for, (n,) int64: a step's loss is the mean over its units."""
+        return np.ones(len(self), np.int64)
+
     def take(self, indices: np.ndarray) -> "Examples":
         indices = np.asarray(indices, dtype=np.int64)
         lengths = self.lengths[indices]

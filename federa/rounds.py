@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -18,7 +18,8 @@ from federa.randomness import Purpose, generator
 from federa.tasks import client_scores, predict, score
 
 Watch = Callable[[str, dict[str, Any]], None]
-Train = Callable[..., ClientUpdate]
+# (experiment, state before the round, round, clients in id order) -> their updates, in that order
+Train = Callable[[Experiment, State, int, Sequence[int]], Iterator[ClientUpdate]]
 
 
 @dataclass
@@ -43,8 +44,15 @@ class Attempt:
         self.mean.add(update.tensors, update.examples)
 
 
+def train_in_turn(experiment: Experiment, state: State, round: int, clients: Sequence[int]) -> Iterator[ClientUpdate]:
+    """Trains one client after another."""
+    for client in clients:
+        own = experiment.clients[client]
+        yield train_client(experiment.learner, experiment.train, own, client, round, state.tensors, experiment.config)
+
+
 def run_rounds(
-    experiment: Experiment, folder: RunFolder, state: State, watch: Watch, train: Train = train_client
+    experiment: Experiment, folder: RunFolder, state: State, watch: Watch, train: Train = train_in_turn
 ) -> State:
     """Runs the rounds after state.round up to server.rounds; each is recorded before the next starts, and saved every
     run.checkpoint_every rounds, where validation improves, and at an interrupt.
@@ -150,12 +158,10 @@ def _collect(experiment: Experiment, state: State, round: int, watch: Watch, tra
         attempt = _sample(experiment, round, number)
         attempts.append(attempt)
         silent = {*attempt.dropped, *attempt.late}
+        updates = train(experiment, state, round, [c for c in attempt.sampled if c not in silent])
         for position, client in enumerate(attempt.sampled, 1):
             if client not in silent:
-                indices = experiment.clients[client]
-                update = train(
-                    experiment.learner, experiment.train, indices, client, round, state.tensors, experiment.config
-                )
+                update = next(updates)
                 if (problem := problem_of(update, state.tensors)) is None:
                     attempt.add(update)
                 else:

@@ -11,10 +11,10 @@ from federa.data import Examples
 from federa.models import backbone_of, mean_pool
 
 
-def loss_sum(model, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Cross entropy summed over the examples of a batch, in fp32; divide by their number for the mean."""
+def losses(model, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Cross entropy of every example of a batch, (E,) in fp32: its sum over the example's units (`Examples.units`)."""
     logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
-    return F.cross_entropy(logits.float(), batch["labels"], reduction="sum")
+    return F.cross_entropy(logits.float(), batch["labels"], reduction="none")
 
 
 @dataclass(frozen=True)

@@ -35,6 +35,17 @@ def config(tiny_config) -> Config:
     )
 
 
+def in_turn(train: Callable[..., ClientUpdate]):
+    """A round's clients through `train`, which takes the arguments of `train_client`, one after another."""
+
+    def call(experiment, state, round, clients):
+        for client in clients:
+            own = experiment.clients[client]
+            yield train(experiment.learner, experiment.train, own, client, round, state.tensors, experiment.config)
+
+    return call
+
+
 @pytest.fixture(scope="module")
 def rounds(config, tmp_path_factory):
     """rounds(train, **sections) -> (experiment, state, records) of the configuration with some sections changed."""
@@ -45,7 +56,7 @@ def rounds(config, tmp_path_factory):
         experiment = replace(begun, config=changed(config, **sections))
         folder = RunFolder.create(tmp_path_factory.mktemp("rounds") / "run", experiment.config)
         start = State(0, {name: tensor.clone() for name, tensor in initial.items()})
-        state = run_rounds(experiment, folder, start, lambda event, facts: None, train)
+        state = run_rounds(experiment, folder, start, lambda event, facts: None, in_turn(train))
         return experiment, state, folder.metrics()
 
     return call
@@ -153,7 +164,7 @@ def test_a_failed_run_is_resumed(config, tmp_path, monkeypatch, capsys):
     (tmp_path / "config.yaml").write_text(dump_config(config))
     bad = poisoned(POISONS["shape"][0], range(5), {2})
     with monkeypatch.context() as patch:
-        patch.setattr(simulation, "run_rounds", functools.partial(run_rounds, train=bad))
+        patch.setattr(simulation, "run_rounds", functools.partial(run_rounds, train=in_turn(bad)))
         code, err = federa("run", tmp_path / "config.yaml", "--output", folder)
     assert code == 1 and err.count("\n") == 1 and err.startswith("federa: round 2: got 0 good updates")
     assert "the state after round 1 is saved" in err and "`federa resume DIR --set server.retries=N`" in err
