@@ -35,19 +35,23 @@ def train_client(
     round: int,
     start: Mapping[str, torch.Tensor],
     config: Config,
+    correction: Mapping[str, torch.Tensor] | None = None,
 ) -> ClientUpdate:
     """Trains the global tensors `start` on examples[indices] for one round (counted from 1) and returns the result.
 
     The optimiser starts fresh, its rate follows the schedule over all rounds. Minimises the mean cross entropy of each
     step's units (one an example in classification) plus, with proximal_mu, FedProx's mu/2 ||w - start||^2
-    (arXiv 1812.06127).
+    (arXiv 1812.06127). `correction` (SCAFFOLD) is added to every gradient after clipping. What trains in this round,
+    and is sent back, is `learner.open(round)`.
     """
-    learner.load(start)
+    learner.load(learner.start_of(start, client))
     learner.model.train()
-    parameters = list(learner.trainable.values())
+    trained = learner.open(round)
+    parameters = list(trained.values())
+    shifts = [] if correction is None else [correction[name].to(learner.device) for name in trained]
     mu = config.client.proximal_mu
     anchor = [parameter.detach().clone() for parameter in parameters] if mu > 0 else []
-    optimizer = _optimizer(learner, config.client)
+    optimizer = _optimizer(trained, learner.head, config.client)
     base_rates = [group["lr"] for group in optimizer.param_groups]
     total = local_steps(len(indices), config.client)
     loss, seen = 0.0, 0
@@ -65,9 +69,12 @@ def train_client(
                     parameter.grad.add_(parameter.detach() - origin, alpha=mu)
             if config.client.clip_norm is not None:
                 torch.nn.utils.clip_grad_norm_(parameters, config.client.clip_norm)
+            for parameter, shift in zip(parameters, shifts, strict=False):
+                parameter.grad = shift.clone() if parameter.grad is None else parameter.grad.add_(shift)
             optimizer.step()
     mean_loss = loss / seen
-    return ClientUpdate(client, len(indices), total, learner.state(), {"loss": mean_loss}, math.isfinite(mean_loss))
+    tensors = {name: parameter.detach().to("cpu", copy=True) for name, parameter in trained.items()}
+    return ClientUpdate(client, len(indices), total, tensors, {"loss": mean_loss}, math.isfinite(mean_loss))
 
 
 def _accumulate_gradients(learner: Learner, examples: Examples, batches: list[np.ndarray]) -> float:
@@ -116,6 +123,12 @@ def rate_factor(config: ClientConfig, progress: float) -> float:
     return 1.0
 
 
+def rate_sums(config: ClientConfig, round: int, rounds: int, steps: int) -> tuple[float, float]:
+    """Sums over a round's steps of the body's and the head's learning rates."""
+    factors = math.fsum(rate_factor(config, (round - 1 + (step + 0.5) / steps) / rounds) for step in range(steps))
+    return config.lr * factors, (config.lr if config.head_lr is None else config.head_lr) * factors
+
+
 def _steps(
     examples: Examples, indices: np.ndarray, client: int, round: int, config: Config, total: int
 ) -> Iterator[list[np.ndarray]]:
@@ -132,9 +145,11 @@ def _steps(
         epoch += 1
 
 
-def _optimizer(learner: Learner, config: ClientConfig) -> torch.optim.Optimizer:
-    body = [p for name, p in learner.trainable.items() if name not in learner.head]
-    head = [p for name, p in learner.trainable.items() if name in learner.head]
+def _optimizer(
+    trained: Mapping[str, torch.nn.Parameter], heads: frozenset[str], config: ClientConfig
+) -> torch.optim.Optimizer:
+    body = [p for name, p in trained.items() if name not in heads]
+    head = [p for name, p in trained.items() if name in heads]
     head_lr = config.lr if config.head_lr is None else config.head_lr
     groups = [{"params": body, "lr": config.lr}] * bool(body) + [{"params": head, "lr": head_lr}] * bool(head)
     if config.optimizer == "sgd":
