@@ -68,7 +68,7 @@ class Core(nn.Module):
 class Bottleneck(nn.Module):
     """f(x) + up(gelu(down(f(x)))), up zero at the start (arXiv 1902.00751). layer: f, of width N; m: the bottleneck."""
 
-    def __init__(self, layer: nn.Module, width: int, m: int, rng: torch.Generator):
+    def __init__(self, layer: nn.Module, width: int, m: int, rng: torch.Generator | None = None):
         super().__init__()
         self.layer = layer
         self.bottleneck = nn.ModuleDict({"down": nn.Linear(width, m), "up": nn.Linear(m, width)})

@@ -117,8 +117,8 @@ METHODS: Mapping[str, Method] = {
         Method(
             name="federa",
             title="FeDeRA",
-            formula="y = (W - s B0 A0) x + s B A x; B0 = U_R sqrt(S_R/s), A0 = sqrt(S_R/s) V_R^T of W = U S V^T, or its "
-            "minor or orthogonal band; A and B train",
+            formula="y = (W - s B0 A0) x + s B A x; B0 = U_R sqrt(S_R/s), A0 = sqrt(S_R/s) V_R^T of W = U S V^T, or "
+            "its minor or orthogonal band; A and B train",
             source="arXiv 2404.18848; bands: arXiv 2406.09044, 2406.01775",
             up=BOTH,
             down=BOTH,
@@ -312,14 +312,16 @@ with the model, so that down doubles and up does not grow.
 
 # Privacy
 
-`privacy.clip` turns on client-level differential privacy: the change of every client, over all it trained, is clipped to
-norm S, Gaussian noise of deviation z S is added to the sum, which is divided by the fixed number of clients a round asks
-for; clients count alike whatever their data. Sampling and noise come from the operating system's secret source, so no
-published seed reproduces them and reruns differ. `federa[dp]` brings the accountant; every attempt at a round counts,
-and the record's `privacy` has epsilon for `privacy.delta` after each round. It holds for one who sees the models of all
-rounds but not who was sampled (metrics.jsonl lists that and unprotected means, such as losses and numbers of examples: do
-not publish it); validation examples are held out of the clients' data and steer only the choice of the best round, which
-is outside the guarantee, too. Floating-point noise is not proof against attacks on its low bits.
+`privacy.clip` turns on client-level differential privacy: the change of every client, over all it trained, is clipped
+to norm S, Gaussian noise of deviation z S is added to the sum, which is divided by the fixed number of clients a round
+asks for; clients count alike whatever their data. Sampling and noise come from the operating system's secret source, so
+that no published seed reproduces them and reruns differ. `federa[dp]` brings the accountant; every attempt at a round
+counts, and the record's `privacy` has epsilon for `privacy.delta` after each round.
+
+It holds for one who sees the models of all rounds, but not who was sampled: metrics.jsonl lists that, and unprotected
+means such as losses and numbers of examples, so do not publish it. Validation examples are held out of the clients'
+data; the choice of the best round by them is outside the guarantee. Floating-point noise is not proof against attacks
+on its low bits.
 """
 
 if __name__ == "__main__":

@@ -93,7 +93,7 @@ def load_checkpoint(folder: RunFolder, round: int, digest: str, template: dict[s
             server=groups.pop("server"),
             base=groups.pop("base"),
             variates={int(group.removeprefix("client-")): tensors for group, tensors in groups.items()},
-            seen={client: last for client, last in facts["seen"]},
+            seen=dict(facts["seen"]),
             **{name: facts[name] for name in FACTS},
         )
     except (OSError, AttributeError, KeyError, TypeError, ValueError, SafetensorError) as error:

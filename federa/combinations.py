@@ -25,8 +25,9 @@ def _aggregation(config: "Config") -> str | None:
         return None
     if method.name not in BOTH_TRAIN:
         return (
-            f"server.aggregation must be fedavg or one of {', '.join(ROBUST)} for method.name {method.name}: {aggregation} "
-            f"averages products of two factors that both train in every round, as those of {' and '.join(BOTH_TRAIN)} do"
+            f"server.aggregation must be fedavg or one of {', '.join(ROBUST)} for method.name {method.name}: "
+            f"{aggregation} averages products of two factors that both train in every round, as those of "
+            f"{' and '.join(BOTH_TRAIN)} do"
         )
     if method.residual_dtype != "float32" and aggregation in MOVES:
         return f"method.residual_dtype must be float32 for server.aggregation {aggregation}, which moves the base"
@@ -36,8 +37,8 @@ def _aggregation(config: "Config") -> str | None:
         )
     if aggregation != "fedex" and server.optimizer != "fedavg":
         return (
-            f"server.optimizer must be fedavg for server.aggregation {aggregation}, got {server.optimizer}: its factors "
-            "have another basis each round, so that a step by coordinate means nothing"
+            f"server.optimizer must be fedavg for server.aggregation {aggregation}, got {server.optimizer}: its "
+            "factors have another basis each round, so that a step by coordinate means nothing"
         )
     return None
 
@@ -67,7 +68,7 @@ def _variates(config: "Config") -> str | None:
     if unfit or config.server.aggregation in PRODUCTS:
         return (
             f"client.control_variates must be false for method.name {method.name} with server.aggregation "
-            f"{config.server.aggregation} and client_ranks {method.client_ranks}: its tensors change meaning by the round"
+            f"{config.server.aggregation} and client_ranks {method.client_ranks}: tensors change meaning by the round"
         )
     return None
 

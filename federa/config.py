@@ -143,9 +143,8 @@ class PrivacyConfig(Section):
     clip: Positive | None = None  # S: longest change of a client
     noise: Positive = 1.0  # z: the sum of the changes gets Gaussian noise of deviation z S
     delta: Annotated[float, Field(gt=0, lt=1)] = 1e-5
-    sampling: Literal["fixed", "poisson"] = (
-        "fixed"  # clients_per_round exactly, or each client by itself with that mean
-    )
+    # fixed: clients_per_round exactly; poisson: each client by itself, with that mean
+    sampling: Literal["fixed", "poisson"] = "fixed"
 
 
 class FailureConfig(Section):

@@ -239,16 +239,12 @@ def make_trainable(
     elif config.name == "adapter":
         rng = torch.Generator().manual_seed(torch_seed(seed, Purpose.ADAPTER))
         add_bottlenecks(model, backbone_of(model)[0], config.adapter, config.bottleneck, rng)
-    carried, unused = method.carried(model, config), _unused_parameters(model)
-    trainable = {
-        name: p
-        for name, p in model.named_parameters()
-        if (name in carried or is_head(model, name)) and name not in unused
-    }
-    head = frozenset(name for name in trainable if is_head(model, name))
     model.requires_grad_(False)
     model.to(device)
-    learner = Learner(model, {n: model.get_parameter(n) for n in trainable}, head, computed, device, config, seed)
+    head = {name for name, _ in model.named_parameters() if is_head(model, name)}
+    names = (method.carried(model, config) | head) - _unused_parameters(model)
+    trainable = {name: parameter for name, parameter in model.named_parameters() if name in names}
+    learner = Learner(model, trainable, frozenset(head & names), computed, device, config, seed)
     learner.open(1)
     pack_frozen(model)  # the frozen layers that carry no adapter, as fast as those that do
     return learner

@@ -301,7 +301,7 @@ def _count_bytes(experiment: Experiment, state: State, attempts: list[Attempt]) 
 
 
 def _bytes_down(experiment: Experiment, state: State, client: int) -> int:
-    """What a client needs to begin state.round: it trained in the round it was seen in last, but knows not its outcome."""
+    """What a client needs to begin state.round: of the round it was seen in last it does not know the outcome."""
     learner, config, round = experiment.learner, experiment.config, state.round
     method, last = learner.method, state.seen.get(client)
     missed = range(last, round) if last is not None else None  # the rounds whose outcome it has not

@@ -19,7 +19,7 @@ from federa.combinations import MOVES
 from federa.config import FREE_KEYS, Config, anchored, config_digest, load_config
 from federa.errors import InputError
 from federa.experiment import Experiment, build
-from federa.export import export_peft, has_adapters
+from federa.export import adapter_problem, export_peft
 from federa.folder import RunFolder, environment
 from federa.methods import Broadcast
 from federa.partition import label_counts
@@ -189,7 +189,7 @@ def _conclude(experiment: Experiment, folder: RunFolder, state: State, watch: Wa
     test = test_scores(experiment)
     if best is not None and best["round"] == state.round:
         best = best | {"test": test}
-    if has_adapters(experiment):
+    if adapter_problem(experiment) is None:
         export_peft(experiment, folder.adapter)
     trainable = sum(parameter.numel() for parameter in learner.trainable.values())
     facts = {
