@@ -51,6 +51,10 @@ class Method:
         """Whether a carried tensor of the backbone is another one after a round, so that clients need it."""
         return self.trains(name, round, config)
 
+    def needs(self, name: str, round: int, config: MethodConfig) -> bool:
+        """Whether a client that trains in a round needs a carried tensor of the backbone at all."""
+        return True
+
 
 @dataclass(frozen=True)
 class Alternating(Method):
@@ -76,7 +80,10 @@ class TwoStage(Method):
         return name.endswith("sparse") == (round <= config.sparse_rounds)
 
     def changes(self, name: str, round: int, config: MethodConfig) -> bool:
-        return self.trains(name, round, config) or (round == config.sparse_rounds and not name.endswith("sparse"))
+        return name.endswith("sparse") == (round < config.sparse_rounds)  # the last of stage 1 makes the factors
+
+    def needs(self, name: str, round: int, config: MethodConfig) -> bool:
+        return self.trains(name, round, config)
 
 
 @dataclass(frozen=True)

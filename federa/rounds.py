@@ -310,7 +310,8 @@ def _bytes_down(experiment: Experiment, state: State, client: int) -> int:
     for name in learner.trainable:
         if config.server.aggregation == "flora" and name in restarted:
             continue  # known to everyone: A0 and B0, or the seed's
-        if missed is None or name in learner.head or any(method.changes(name, r, learner.config) for r in missed):
+        changed = missed is None or any(method.changes(name, r, learner.config) for r in missed)
+        if name in learner.head or (changed and method.needs(name, round, learner.config)):
             names.append(name)
     size = sum(learner.bytes_of(name, client) for name in names)
     if config.client.control_variates and round > 1:

@@ -162,15 +162,15 @@ def test_drift_is_seen_where_products_nearly_cancel():
 
 
 def test_the_tolerance_drops_no_more_than_it_may(walk):
-    """refactor-exact with tolerance 0.02: at most 2 % of the squared change of each layer, in fewer ranks."""
+    """refactor-exact with tolerance 0.001: at most that share of the squared change of each layer, in fewer ranks."""
     tight, loose = (
         walk("bert", rounds=1, method={"name": "federa"}, server={"aggregation": "refactor-exact", "tolerance": t})
-        for t in (0.0, 0.02)
+        for t in (0.0, 0.001)
     )
     begun = effective(loose.experiment, loose.states[0].tensors, loose.states[0].base)
     for name, expected in loose.expected[0].items():
         lost = (loose.found[0][name] - expected).norm() ** 2 / (begun[name] - expected).norm() ** 2
-        assert 1e-12 < lost <= 0.02
+        assert 1e-12 < lost <= 0.001
     ranks = [sum(run.state.moves[0].values()) for run in (tight, loose)]
     assert ranks[0] == 12 * 2 * 4 and 0 < ranks[1] < ranks[0]
 
@@ -193,7 +193,9 @@ def stacked_sums(run, name: str) -> tuple[float, list[tuple[float, torch.Tensor,
     """(s, [(p_c, B_c, A_c), ...]) of the first round, float64."""
     shares = [examples / sum(EXAMPLES) for examples in EXAMPLES]
     sent = [update.tensors for update in run.updates[0]]
-    factors = [(p, t[f"{name}.lora_B"].double(), t[f"{name}.lora_A"].double()) for p, t in zip(shares, sent, strict=True)]
+    factors = [
+        (p, t[f"{name}.lora_B"].double(), t[f"{name}.lora_A"].double()) for p, t in zip(shares, sent, strict=True)
+    ]
     return adapted_layers(run.experiment.learner.model)[name].scaling, factors
 
 
@@ -266,12 +268,15 @@ def test_fault_2d_the_start_counted_twice(walk, aggregation):
             return iter([ClientUpdate(client, 7, 1, sent, {"loss": 1.0}) for client in clients])
 
     run = walk("bert", rounds=1, method={"name": "federa"})
+    (run.folder.path / "idle").mkdir()
     idle = Idle(run.experiment.config, run.folder.path / "idle", rounds=2, method={"name": "federa"},
                 server={"aggregation": aggregation}).finish()  # fmt: skip
     pretrained = effective(run.experiment, run.states[0].tensors, run.states[0].base)
     s, base = 2.0, run.states[0].base[f"{WIDE}.residual"].double()
     A0, B0 = (tensor.double() for tensor in run.experiment.learner.broadcast.factors[WIDE])
-    assert gap(pretrained[WIDE] + s * B0 @ A0, pretrained[WIDE]) > 0.1 and gap(base + s * B0 @ A0, pretrained[WIDE]) < 1e-7
+    assert (
+        gap(pretrained[WIDE] + s * B0 @ A0, pretrained[WIDE]) > 0.1 and gap(base + s * B0 @ A0, pretrained[WIDE]) < 1e-7
+    )
     assert max(gap(idle.found[-1][name], weight) for name, weight in pretrained.items()) < 2e-6
 
 
@@ -292,7 +297,9 @@ def test_fault_3_partial_participation_and_a_layer_as_narrow_as_the_rank():
     expected = sum(3.0 * p * t["B"].double() @ t["A"].double() for p, t in zip((0.25, 0.75), sent, strict=True))
     assert gap(left @ right, expected) < 1e-14 and result.ranks == {"residual": 8}
     assert torch.allclose(result.mean["head"], 0.25 * sent[0]["head"] + 0.75 * sent[1]["head"])
-    assert result.mean.keys() == {"head"} and result.factors is not None and torch.equal(result.factors["A"], restart["A"])
+    assert (
+        result.mean.keys() == {"head"} and result.factors is not None and torch.equal(result.factors["A"], restart["A"])
+    )
 
 
 def test_fault_4_federa_is_an_initialisation_and_no_refactoring(walk):
@@ -330,7 +337,9 @@ def test_mixed_ranks_train_their_own_rows_and_are_weighed_by_norm(tiny_config, t
     learner, name = run.experiment.learner, f"{WIDE}.lora_"
     start = {n: t + 0.1 for n, t in run.state.tensors.items()}
     trained = [
-        train_client(learner, run.experiment.train, run.experiment.clients[c], c, 1, start, run.experiment.config).tensors
+        train_client(
+            learner, run.experiment.train, run.experiment.clients[c], c, 1, start, run.experiment.config
+        ).tensors
         for c in (0, 1)
     ]
     assert not trained[0][name + "A"][1:].any() and not trained[0][name + "B"][:, 1:].any()
