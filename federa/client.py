@@ -35,17 +35,20 @@ def train_client(
     round: int,
     start: Mapping[str, torch.Tensor],
     config: Config,
+    correction: Mapping[str, torch.Tensor] | None = None,
 ) -> ClientUpdate:
     """Trains the global tensors `start` on examples[indices] for one round (counted from 1) and returns the result.
 
     The optimiser starts fresh, its rate follows the schedule over all rounds. Minimises the mean cross entropy of each
     step's units (one an example in classification) plus, with proximal_mu, FedProx's mu/2 ||w - start||^2
-    (arXiv 1812.06127).
+    (arXiv 1812.06127). `correction` (SCAFFOLD) is added to every gradient after clipping. What trains in this round,
+    and is sent back, is `learner.open(round)`.
     """
-    learner.load(start)
+    learner.load(learner.start_of(start, client))
     learner.model.train()
+    trained = learner.open(round)
     total = local_steps(len(indices), config.client)
-    optimizer = LocalOptimizer(learner.trainable, learner.head, config, round, total)
+    optimizer = LocalOptimizer(trained, learner.head, config, round, total, correction)
     loss, seen = 0.0, 0
     with _dropout_streams(learner, config) as seed_dropout:
         for step, batches in enumerate(micro_batches(examples, indices, client, round, config, total)):
@@ -54,21 +57,29 @@ def train_client(
             seen += _units(examples, batches)
             optimizer.step()
     mean_loss = loss / seen
-    return ClientUpdate(client, len(indices), total, learner.state(), {"loss": mean_loss}, math.isfinite(mean_loss))
+    tensors = {name: parameter.detach().to("cpu", copy=True) for name, parameter in trained.items()}
+    return ClientUpdate(client, len(indices), total, tensors, {"loss": mean_loss}, math.isfinite(mean_loss))
 
 
 class LocalOptimizer:
     """One client's optimiser in one round of `total` steps, begun afresh from the parameters as they are.
 
-    A step adds FedProx's mu (w - start) to the gradients, clips their norm, takes the rate that the schedule over all
-    rounds has come to, updates and clears the gradients.
+    A step adds FedProx's mu (w - start) to the gradients, clips their norm, adds the correction, takes the rate that the
+    schedule over all rounds has come to, updates and clears the gradients.
     """
 
     def __init__(
-        self, parameters: Mapping[str, torch.nn.Parameter], head: Set[str], config: Config, round: int, total: int
+        self,
+        parameters: Mapping[str, torch.nn.Parameter],
+        head: Set[str],
+        config: Config,
+        round: int,
+        total: int,
+        correction: Mapping[str, torch.Tensor] | None = None,
     ):
         client = self._client = config.client
         self._parameters = list(parameters.values())
+        self._shifts = [] if correction is None else [correction[n].to(p.device) for n, p in parameters.items()]
         self._anchor = [p.detach().clone() for p in self._parameters] if client.proximal_mu > 0 else []
         body = [p for name, p in parameters.items() if name not in head]
         tip = [p for name, p in parameters.items() if name in head]
@@ -90,6 +101,8 @@ class LocalOptimizer:
                 parameter.grad.add_(parameter.detach() - origin, alpha=self._client.proximal_mu)
         if self._client.clip_norm is not None:
             torch.nn.utils.clip_grad_norm_(self._parameters, self._client.clip_norm)
+        for parameter, shift in zip(self._parameters, self._shifts, strict=False):
+            parameter.grad = shift.clone() if parameter.grad is None else parameter.grad.add_(shift)
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
         self._taken += 1
@@ -139,6 +152,12 @@ def rate_factor(config: ClientConfig, progress: float) -> float:
     if config.schedule == "cosine":
         return 0.5 * (1 + math.cos(math.pi * done))
     return 1.0
+
+
+def rate_sums(config: ClientConfig, round: int, rounds: int, steps: int) -> tuple[float, float]:
+    """Sums over a round's steps of the body's and the head's learning rates."""
+    factors = math.fsum(rate_factor(config, (round - 1 + (step + 0.5) / steps) / rounds) for step in range(steps))
+    return config.lr * factors, (config.lr if config.head_lr is None else config.head_lr) * factors
 
 
 def micro_batches(

@@ -1,7 +1,7 @@
 """Many clients trained in one batch over one frozen backbone, each as if it had trained alone.
 
-Every tensor that trains exists once a client, stacked (C, ...); a step's batch holds all clients' examples, client after
-client, and each row meets its own client's tensors. Losses, clipping, optimiser and schedule are per client.
+Every tensor that trains exists once a client, stacked (C, ...); a step's batch holds all clients' examples, client
+after client, and each row meets its own client's tensors. Losses, clipping, optimiser and schedule are per client.
 """
 
 import math
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from federa import scaffold
 from federa.client import ClientUpdate, LocalOptimizer, local_steps, micro_batches
 from federa.config import Config
 from federa.data import Examples
@@ -124,12 +125,14 @@ def why_alone(learner: Learner, config: Config) -> str | None:
     """Why the clients of a run can only be trained one at a time, or None if they can share a batch."""
     if config.model.dropout > 0:
         return "model.dropout is on, and its masks are drawn for one client at a time"
+    if not learner.method.cohort:
+        return f"method {learner.method.name} trains tensors that cannot be stacked over clients"
+    if learner.method.name == "full":
+        return "method full trains the whole backbone, so that clients share no frozen weight"
     for name in learner.trainable:
         module = learner.model.get_submodule(name.rpartition(".")[0])
         if not _row_wise(module):
             return f"{name} trains, and a {type(module).__name__} cannot be stacked over clients"
-    if config.method.name == "full":
-        return "method full trains the whole backbone, so that clients share no frozen weight"
     return None
 
 
@@ -160,6 +163,7 @@ def train_cohort(
     round: int,
     start: Mapping[str, Tensor],
     config: Config,
+    corrections: Sequence[Mapping[str, Tensor] | None] | None = None,
 ) -> list[ClientUpdate]:
     """What `train_client` does, for several clients at once; their updates in the order given.
 
@@ -171,11 +175,15 @@ def train_cohort(
     totals = np.array([work[position][0] for position in order])
     streams = [micro_batches(examples, work[p][2], work[p][1], round, config, work[p][0]) for p in order]
     device, C = learner.device, len(work)
-    stacks = {n: start[n].to(device, copy=True).expand(C, *start[n].shape).contiguous() for n in learner.trainable}
+    learner.load(start)
+    begins = [learner.start_of(start, work[position][1]) for position in order]
+    stacks = {name: torch.stack([begin[name] for begin in begins]).to(device) for name in learner.open(round)}
     own = [{name: nn.Parameter(stack[place]) for name, stack in stacks.items()} for place in range(C)]
     optimizers = [
-        LocalOptimizer(parameters, learner.head, config, round, int(total))
-        for parameters, total in zip(own, totals, strict=True)
+        LocalOptimizer(
+            own[place], learner.head, config, round, int(totals[place]), corrections and corrections[position]
+        )
+        for place, position in enumerate(order)
     ]
     rows, loss, seen = Rows(device), torch.zeros(C, dtype=torch.float64, device=device), np.zeros(C, np.int64)
     learner.model.train()
@@ -274,9 +282,10 @@ class Cohorts:
         done = 0
         while done < len(clients):
             group = [(client, experiment.clients[client]) for client in clients[done : done + self.size]]
+            corrections = [scaffold.correction(state, client) for client, _ in group]
             try:
                 updates = train_cohort(
-                    experiment.learner, experiment.train, group, round, state.tensors, experiment.config
+                    experiment.learner, experiment.train, group, round, state.tensors, experiment.config, corrections
                 )
             except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
                 if len(group) == 1 or not _out_of_memory(error):

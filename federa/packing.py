@@ -28,7 +28,10 @@ ENCODERS = {
 
 @dataclass(frozen=True)
 class Packing:
-    """Where the M real tokens of a padded batch (E, T) are: places (M,) in its E T rows, in order; lengths on the host."""
+    """Where the M real tokens of a padded batch (E, T) are.
+
+    places (M,) among its E T rows, in order; lengths of the examples, on the host.
+    """
 
     places: Tensor
     lengths: tuple[int, ...]

@@ -15,10 +15,11 @@ from federa.checkpoint import (
     newest_checkpoint,
     save_checkpoint,
 )
+from federa.combinations import MOVES
 from federa.config import FREE_KEYS, Config, anchored, config_digest, load_config
 from federa.errors import InputError
 from federa.experiment import Experiment, build
-from federa.export import export_peft, has_adapters
+from federa.export import adapter_problem, export_peft
 from federa.folder import RunFolder, environment
 from federa.methods import Broadcast
 from federa.partition import label_counts
@@ -101,7 +102,7 @@ def restore(output: str | Path, round: int | None = None) -> tuple[Experiment, S
     experiment = build(config, Broadcast.load(folder.init_file))
     chosen = saved[-1] if round is None else round
     state = load_checkpoint(folder, chosen, experiment.digest, experiment.learner.state())
-    experiment.learner.load(state.tensors)
+    experiment.learner.load(state.tensors, state.base)
     return experiment, state
 
 
@@ -165,7 +166,8 @@ def _begin(experiment: Experiment, folder: RunFolder) -> State:
     facts |= {"counts": counts.tolist(), "names": partition.names, "data": experiment.data_digest()}
     folder.write_json(folder.partition_file.name, facts)
     learner.broadcast.save(folder.init_file)
-    state = State(0, learner.state())
+    moves = experiment.config.server.aggregation in MOVES
+    state = State(0, learner.state(), base=learner.base() if moves else {})
     folder.rewind_metrics(-1)
     folder.append_metrics({"round": 0} | evaluate_round(experiment, state))
     save_checkpoint(folder, state, experiment.digest)
@@ -180,13 +182,14 @@ def _conclude(experiment: Experiment, folder: RunFolder, state: State, watch: Wa
     best = state.best
     records = folder.metrics()
     if best is not None and best["round"] != state.round:
-        learner.load(load_checkpoint(folder, best["round"], experiment.digest, learner.state()).tensors)
+        chosen = load_checkpoint(folder, best["round"], experiment.digest, learner.state())
+        learner.load(chosen.tensors, chosen.base)
         best = best | {"test": test_scores(experiment)}
-    learner.load(state.tensors)
+    learner.load(state.tensors, state.base)
     test = test_scores(experiment)
     if best is not None and best["round"] == state.round:
         best = best | {"test": test}
-    if has_adapters(experiment):
+    if adapter_problem(experiment) is None:
         export_peft(experiment, folder.adapter)
     trainable = sum(parameter.numel() for parameter in learner.trainable.values())
     facts = {
@@ -211,5 +214,6 @@ def _conclude(experiment: Experiment, folder: RunFolder, state: State, watch: Wa
 def parameter_count(experiment: Experiment) -> int:
     """Parameters of the model before it was adapted: what sending the whole model would cost."""
     model = experiment.learner.model
-    extra = sum(p.numel() for name, p in model.named_parameters() if ".lora_" in name)
+    added = (".lora_", ".sparse", ".bottleneck.")
+    extra = sum(p.numel() for name, p in model.named_parameters() if any(part in name for part in added))
     return sum(parameter.numel() for parameter in model.parameters()) - extra
