@@ -125,6 +125,9 @@ def why_alone(learner: Learner, config: Config) -> str | None:
     """Why the clients of a run can only be trained one at a time, or None if they can share a batch."""
     if config.model.dropout > 0:
         return "model.dropout is on, and its masks are drawn for one client at a time"
+    kind = backbone_of(learner.model)[1].config.model_type
+    if kind.startswith("deberta"):
+        return f"{kind} sends relative positions, which belong to no client, through layers that train"
     if not learner.method.cohort:
         return f"method {learner.method.name} trains tensors that cannot be stacked over clients"
     if learner.method.name == "full":
