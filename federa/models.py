@@ -86,7 +86,7 @@ def load_classifier(config: ModelConfig, source: ModelSource, label_names: list[
                 setattr(settings, name, config.dropout)
         arguments = source.arguments | {"config": settings, "use_safetensors": True, "dtype": torch.float32}
         arguments |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
-        with _quiet_transformers(), torch.random.fork_rng(devices=[]):
+        with quiet_transformers(), torch.random.fork_rng(devices=[]):
             torch.manual_seed(torch_seed(seed, Purpose.HEAD))
             if config.pooling == "mean":
                 backbone, loaded = AutoModel.from_pretrained(source.location, **arguments)
@@ -198,7 +198,7 @@ def _readable_errors(source: ModelSource) -> Iterator[None]:
 
 
 @contextmanager
-def _quiet_transformers() -> Iterator[None]:
+def quiet_transformers() -> Iterator[None]:
     """Silences the loading bar and the report of weights that a new head lacks: here that is the normal case."""
     from transformers.utils import logging
 
