@@ -1,4 +1,4 @@
-"""Every method on the real MiniLM: two rounds of training, bytes as docs/methods.md has them, and what it saves."""
+"""Every method: two rounds on the real MiniLM, bytes as docs/methods.md has them, and what it saves."""
 
 import re
 from pathlib import Path
@@ -34,17 +34,16 @@ RUNS = {
 
 @pytest.fixture(scope="module")
 def go(tiny_config, minilm_path, tmp_path_factory):
-    """go(name) -> (experiment, state, records) of two rounds of two clients, a step each, s = 2."""
+    """go(name) -> (experiment, state, records, start, folder) of two rounds of two clients, a step each, s = 2."""
 
-    def go(name):
+    def go(name, model=minilm_path):
         sections = RUNS[name]
         sections = {
-            "model": {"name": str(minilm_path)},
+            "model": {"name": str(model)},
             "data": {"max_length": 12, "max_train": 24, "max_test": 6},
             "partition": {"scheme": "iid", "clients": 2},
             "client": {"steps": 1, "batch_size": 4, "lr": 0.01},
-            "evaluation": {"every": 2},
-            "run": {"checkpoint_every": 9},
+            "evaluation": {"every": 9},
             "method": {"rank": 4, "alpha": 8.0, "sparse_rounds": 1} | sections["method"],
             "server": {"rounds": 2, "clients_per_round": None} | sections.get("server", {}),
         }
@@ -102,9 +101,8 @@ def logits(model, batch) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_trains_counts_and_exports(go, name, tmp_path):
-    """Two rounds change every tensor that trains and no other; bytes are the table's; PEFT and transformers load what is
-    saved and give the evaluated logits."""
+def test_trains_and_counts(go, name):
+    """Two rounds change every tensor that trains and no other; bytes are the table's; the state is saved whole."""
     experiment, state, records, start, folder = go(name)
     learner, config = experiment.learner, experiment.config
     trained = {n for round in (1, 2) for n in learner.names_in(round)}
@@ -138,13 +136,21 @@ def test_trains_counts_and_exports(go, name, tmp_path):
         assert getattr(again, group).keys() == getattr(state, group).keys()
         assert all(torch.equal(t, getattr(state, group)[n]) for n, t in getattr(again, group).items())
 
+
+@pytest.mark.parametrize("family", ["bert", "gpt2"])
+@pytest.mark.parametrize("name", RUNS)
+def test_exports_are_the_evaluated_model(go, name, family, tiny_models, tmp_path):
+    """PEFT and transformers load what is saved and give the evaluated logits; what PEFT cannot hold is refused."""
+    experiment, state, *_ = go(name, tiny_models(family))
+    learner, config = experiment.learner, experiment.config
     learner.load(state.tensors, state.base)
     batch = experiment.test.batch(torch.arange(6).numpy())
     ours = logits(learner.model, batch)
     loaded = []
     if adapter_problem(experiment) is None:
         export(experiment, "peft", tmp_path / "peft")
-        base = AutoModelForSequenceClassification.from_pretrained(config.model.name, num_labels=4)
+        settings = {"num_labels": 4, "pad_token_id": learner.model.config.pad_token_id}
+        base = AutoModelForSequenceClassification.from_pretrained(config.model.name, **settings)
         loaded.append(PeftModel.from_pretrained(base, tmp_path / "peft"))
     else:
         with pytest.raises(InputError, match=r"--format: peft must have (adapters|a base)"):

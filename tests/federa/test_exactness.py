@@ -1,5 +1,4 @@
-"""What a round's aggregate makes of the model, against the mean of the clients' weights in float64; the faults of public
-code, each by its formula."""
+"""What a round makes of the model, against the mean of the clients' weights in float64; the faults of public code."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -204,7 +203,7 @@ WIDE = "bert.encoder.layer.0.output.dense"
 
 
 def test_fault_1_residuals_added_transposed_or_unweighted(walk):
-    """CERT-Lab/fedex-lora transposes for Conv1D on nn.Linear too (no shape error at 32 x 32) and weighs clients alike."""
+    """CERT-Lab/fedex-lora transposes for nn.Linear as for Conv1D (32 x 32: no shape error) and weighs clients alike."""
     run = walk("bert", rounds=1, method={"name": "federa"}, server={"aggregation": "fedex"})
     s, factors = stacked_sums(run, SQUARE)
     B, A = (sum(p * f[i] for p, *f in factors) for i in (0, 1))
@@ -231,7 +230,7 @@ def test_fault_2a_scaling_left_out(walk, aggregation):
 
 @pytest.mark.parametrize("aggregation", ["flexlora", "refactor-exact"])
 def test_fault_2b_half_a_square_root_lost(walk, aggregation):
-    """boyi-liu/FedLLM-Factory returns B = U sqrt(S) / s and A = V^T: here B A is the best rank 4 of the mean product."""
+    """boyi-liu/FedLLM-Factory returns B = U sqrt(S) / s, A = V^T: here B A is the best rank 4 of the mean product."""
     run = walk("bert", rounds=1, method={"name": "lora"}, server={"aggregation": aggregation})
     s, factors = stacked_sums(run, WIDE)
     U, S, Vh = torch.linalg.svd(sum(p * b @ a for p, b, a in factors), full_matrices=False)
