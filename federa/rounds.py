@@ -122,6 +122,8 @@ def run_rounds(
     server.min_updates good updates in all its attempts; the rounds before it are saved.
     """
     config, saved = experiment.config, state.round
+    if config.privacy.clip is not None:
+        epsilon(config.privacy, len(experiment.clients), experiment.clients_per_round, 0)  # the accountant is there
     try:
         while state.round < config.server.rounds:
             following, record = _run_round(experiment, state, watch, train)

@@ -162,6 +162,10 @@ BAD = {
         {"server": {"aggregation": "flexlora", "optimizer": "fedadam"}},
         "server.optimizer must be fedavg for server.aggregation flexlora, got fedadam: its factors have another basis",
     ),
+    "Adam over fedsvd": (
+        {"method": {"name": "fedsvd"}, "server": {"optimizer": "fedavgm"}},
+        "server.optimizer must be fedavg for method.name fedsvd, got fedavgm",
+    ),
     "ranks of federa": ({"method": {"client_ranks": [2]}}, "method.client_ranks must be null for method.name federa"),
     "ranks too high": (
         {"method": {"name": "lora", "rank": 4, "client_ranks": [2, 8]}},
