@@ -166,8 +166,7 @@ class EvaluationConfig(Section):
 
 
 class RunSection(Section):
-    # clients trained in one batch; this version trains them one after another
-    cohort: Literal["auto"] | Annotated[int, Field(ge=1, le=1)] = 1
+    cohort: Literal["auto"] | Count = "auto"  # clients trained in one batch; 1: one after another
     threads: Count | None = None  # CPU threads; None: torch's own choice
     checkpoint_every: Count = 1  # rounds
 
@@ -312,7 +311,7 @@ _EXPECTED = {  # where pydantic's words would not say what may be written
     "method.target_modules": "must be a string or a list of strings",
     "client.betas": "must be a list of 2 numbers in [0, 1)",
     "server.betas": "must be a list of 2 numbers in [0, 1)",
-    "run.cohort": "must be auto or 1",
+    "run.cohort": "must be auto or a number of clients",
 }
 _WORDS = {
     "model_type": "must be a mapping of keys",

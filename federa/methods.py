@@ -213,6 +213,8 @@ def make_trainable(
     fingerprint is checked: InputError names a layer whose weight, factors or scaling are not the server's, or a model
     that the method has no place in.
     """
+    from federa.packing import pack_encoder  # needs transformers, which the model brings along
+
     method = METHODS[config.name]
     model.requires_grad_(False)
     base = _backbone_digest(model)
@@ -247,6 +249,7 @@ def make_trainable(
     learner = Learner(model, trainable, frozenset(head & names), computed, device, config, seed)
     learner.open(1)
     pack_frozen(model)  # the frozen layers that carry no adapter, as fast as those that do
+    pack_encoder(model)
     return learner
 
 

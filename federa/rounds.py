@@ -168,6 +168,7 @@ def _run_round(experiment: Experiment, state: State, watch: Watch, train: Train)
         "lr": config.client.lr * rate_factor(config.client, (round - 0.5) / config.server.rounds),
         "update_norm": update_norm(before.tensors, state.tensors),
         "drift": drift,
+        "cohort": getattr(train, "size", 1),
         "bytes": _count_bytes(experiment, state, attempts),
     }
     if config.privacy.clip is not None:

@@ -16,6 +16,7 @@ from federa.checkpoint import (
     save_checkpoint,
 )
 from federa.combinations import MOVES
+from federa.cohort import Cohorts, choose_size
 from federa.config import FREE_KEYS, Config, anchored, config_digest, load_config
 from federa.errors import InputError
 from federa.experiment import Experiment, build
@@ -24,7 +25,7 @@ from federa.folder import RunFolder, environment
 from federa.methods import Broadcast
 from federa.partition import label_counts
 from federa.records import read_run
-from federa.rounds import Watch, evaluate_round, run_rounds, test_scores
+from federa.rounds import Watch, evaluate_round, run_rounds, test_scores, train_in_turn
 
 
 @dataclass(frozen=True)
@@ -138,19 +139,22 @@ def _train(folder: RunFolder, config: Config, watch: Watch) -> RunResult:
     if state is None:
         state = _begin(experiment, folder)
     folder.rewind_metrics(state.round)
-    watch("ready", {"experiment": experiment, "state": state})
-    state = run_rounds(experiment, folder, state, watch)
+    cohort = folder.metrics()[-1].get("cohort") or folder.read_json(folder.environment_file, ("cohort",))["cohort"]
+    watch("ready", {"experiment": experiment, "state": state, "cohort": cohort})
+    state = run_rounds(experiment, folder, state, watch, Cohorts(cohort) if cohort > 1 else train_in_turn)
     return _conclude(experiment, folder, state, watch)
 
 
 def _recorded_device(folder: RunFolder) -> str:
     """The device that the run began on; takes its number of CPU threads too, since sums depend on both."""
-    facts = folder.read_json(folder.environment_file, ("threads", "device"))
+    facts = folder.read_json(folder.environment_file, ("threads", "device", "cohort"))
     threads, device = facts["threads"], facts["device"]
     if not isinstance(threads, int) or threads < 1:
         raise InputError(f"{folder.environment_file}: threads must be a positive integer, got {threads!r}")
     if device not in ("cpu", "cuda", "mps"):
         raise InputError(f"{folder.environment_file}: device must be cpu, cuda or mps, got {device!r}")
+    if not isinstance(facts["cohort"], int) or facts["cohort"] < 1:
+        raise InputError(f"{folder.environment_file}: cohort must be a positive integer, got {facts['cohort']!r}")
     torch.set_num_threads(threads)
     return device
 
@@ -159,7 +163,8 @@ def _begin(experiment: Experiment, folder: RunFolder) -> State:
     """Writes what is known before the first round; init.safetensors last, so that it stands for all of it."""
     learner = experiment.learner
     folder.write_config(experiment.config)
-    folder.write_json(folder.environment_file.name, environment(str(learner.device), torch.get_num_threads()))
+    facts = environment(str(learner.device), torch.get_num_threads(), choose_size(experiment))
+    folder.write_json(folder.environment_file.name, facts)
     labels, partition = experiment.corpus.label_names, experiment.partition
     counts = label_counts(partition.indices, experiment.train.labels, len(labels))
     facts = {"scheme": partition.scheme, "convention": partition.convention, "label_names": labels}

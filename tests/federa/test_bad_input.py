@@ -97,7 +97,7 @@ OVERRIDES = {
     "unknown choice": ("method.name=dora", "'full' or 'head-only', got 'dora'; did you mean lora?"),
     "one of two betas": ("client.betas=[0.9]", "client.betas must be a list of 2 numbers in [0, 1), got [0.9]"),
     "betas as text": ("server.betas=['0.9', 0.9]", "server.betas must be a list of 2 numbers in [0, 1), got '0.9'"),
-    "cohort": ("run.cohort=true", "run.cohort must be auto or 1, got true"),
+    "cohort": ("run.cohort=true", "run.cohort must be auto or a number of clients, got true"),
     "module list": (
         "method.target_modules=[1]",
         "method.target_modules must be a string or a list of strings, got [1]",
