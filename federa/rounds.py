@@ -164,7 +164,7 @@ def _run_round(experiment: Experiment, state: State, watch: Watch, train: Train)
         "rejected": [item for one in attempts for item in one.rejected],
         "examples": attempt.examples,
         "steps": attempt.steps,
-        "train_loss": attempt.loss / attempt.examples,
+        "train_loss": attempt.loss / attempt.examples if attempt.examples else None,
         "lr": config.client.lr * rate_factor(config.client, (round - 0.5) / config.server.rounds),
         "update_norm": update_norm(before.tensors, state.tensors),
         "drift": drift,
@@ -240,7 +240,7 @@ def _collect(
                 else:
                     attempt.rejected.append({"client": client, "why": problem})
             watch("client", {"round": round, "client": client, "position": position, "of": len(attempt.sampled)})
-        if len(attempt.completed) >= server.min_updates:
+        if len(attempt.completed) >= server.min_updates or not attempt.sampled:  # Poisson sampling may pick nobody
             return attempts, gathering
     raise RunError(
         f"round {round}: got {len(attempt.completed)} good updates in the last of {server.retries + 1} attempts, "

@@ -5,8 +5,10 @@ from dataclasses import replace
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from federa.aggregate import Stacked, Terms, server_step
+from federa.aggregate import AGGREGATORS, Mean, Stacked, Terms, moved, server_step
 from federa.checkpoint import State
 from federa.client import ClientUpdate
 from federa.config import ServerConfig, changed
@@ -142,10 +144,44 @@ def test_others_record_how_far_they_are_off(walk, family, sections):
     assert off / change > 0.01
 
 
+@settings(derandomize=True, deadline=None, max_examples=60)
+@given(
+    shape=st.tuples(st.integers(1, 9), st.integers(1, 9)),
+    rank=st.integers(1, 6),
+    weights=st.lists(st.integers(1, 1000), min_size=1, max_size=6),
+    scaling=st.floats(0.1, 16),
+    lr=st.sampled_from([1.0, 0.3]),
+    seed=st.integers(0, 2**31),
+)
+@pytest.mark.parametrize("aggregation", ["fedex", "flora", "refactor-exact"])
+def test_moves_and_factors_add_up_whatever_the_shapes(aggregation, shape, rank, weights, scaling, lr, seed):
+    """W + s B A of the next round is W + s ((1 - lr) X + lr sum_c p_c B_c A_c), to 1e-12 in float64."""
+    (N, K), rank = shape, min(rank, *shape)
+    lr = 1.0 if aggregation == "fedex" else lr
+    rng = torch.Generator().manual_seed(seed)
+
+    def draw() -> dict[str, torch.Tensor]:
+        return {"A": torch.randn(rank, K, generator=rng).double(), "B": torch.randn(N, rank, generator=rng).double()}
+
+    current, restart, base = draw(), draw(), {"W": torch.randn(N, K, generator=rng).double()}
+    config = ServerConfig(aggregation=aggregation, lr=lr)
+    gathered = AGGREGATORS[aggregation](
+        Terms(config, current, [Pair("A", "B", "W", scaling, (N, K))], restart=lambda: restart)
+    )
+    sent = [draw() for _ in weights]
+    for client, (tensors, examples) in enumerate(zip(sent, weights, strict=True)):
+        gathered.add(ClientUpdate(client, examples, 1, tensors, {"loss": 1.0}))
+    result = gathered.result()
+    after = result.mean | result.factors
+    mean = sum(n * t["B"] @ t["A"] for n, t in zip(weights, sent, strict=True)) / sum(weights)
+    expected = base["W"] + scaling * ((1 - lr) * current["B"] @ current["A"] + lr * mean)
+    found = moved(base, result.moves)["W"] + scaling * after["B"] @ after["A"]
+    assert (found - expected).norm() <= 1e-12 * (expected.norm() + scaling * mean.norm() + 1)
+    assert result.ranks["W"] <= len(weights) * rank
+
+
 def test_drift_is_seen_where_products_nearly_cancel():
     """A change of 1e-4 of factors of norm 1, a gap of 1e-8: what squares in float64 would lose."""
-    from federa.aggregate import Mean
-
     rng = torch.Generator().manual_seed(0)
     pair = Pair("A", "B", "residual", 0.5, (30, 20))
     current = {"A": torch.randn(4, 20, generator=rng).double(), "B": torch.randn(30, 4, generator=rng).double()}

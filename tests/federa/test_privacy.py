@@ -104,7 +104,7 @@ def test_the_noise_has_its_deviation(go):
 
     state, _, start = go(idle, server={"rounds": 1, "clients_per_round": 2})
     noise = torch.cat([(tensor - start.tensors[name]).flatten() for name, tensor in state.tensors.items()])
-    assert float(noise.std()) == pytest.approx(0.25, rel=0.05) and abs(float(noise.mean())) < 0.01
+    assert float(noise.std()) == pytest.approx(0.25, rel=0.05) and abs(float(noise.mean())) < 0.02
 
 
 def test_retries_are_paid_for(go):
@@ -122,8 +122,19 @@ def test_retries_are_paid_for(go):
 
 
 def test_poisson_rounds_have_different_sizes(go):
+    """One of five on average; rounds that ask nobody (a third of them) are noise alone, and not tried again."""
+
+    def idle(experiment, state, round, clients):
+        for client in clients:
+            sent = {name: state.tensors[name].clone() for name in experiment.learner.names_in(round)}
+            yield ClientUpdate(client, 7, 1, sent, {"loss": 1.0})
+
     _, records, _ = go(
-        privacy={"sampling": "poisson"}, server={"rounds": 8, "clients_per_round": 3, "retries": 50},
-        method={"name": "head-only"}, evaluation={"every": 9},
+        idle, privacy={"sampling": "poisson"}, server={"rounds": 40, "clients_per_round": 1},
+        method={"name": "head-only"}, evaluation={"every": 99}, run={"checkpoint_every": 99},
     )  # fmt: skip
-    assert len({len(record["sampled"]) for record in records}) > 1
+    sizes = [len(record["sampled"]) for record in records]
+    assert min(sizes) == 0 and max(sizes) > 1 and {record["attempts"] for record in records} == {1}
+    assert all(record["update_norm"] > 0 and (record["train_loss"] is None) == (not record["sampled"])
+               for record in records)  # fmt: skip
+    assert records[-1]["privacy"]["releases"] == 40
