@@ -4,6 +4,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -68,7 +69,8 @@ class Gathering:
         self._experiment, self._state, self._round, self.current = experiment, state, round, current
         pairs = [p for p in learner.pairs.values() if {p.lora_A, p.lora_B} <= current.keys()]
         rank_of = None if config.method.client_ranks is None else learner.rank_of
-        terms = Terms(config.server, current, pairs, rank_of, lambda: learner.restart(round), config.evaluation.drift)
+        restart = partial(learner.restart, round)
+        terms = Terms(config.server, current, pairs, rank_of, restart, config.evaluation.drift, state.server)
         self.aggregator: Mean | Stacked | Robust | PrivateMean
         if config.privacy.clip is not None:
             self.aggregator = PrivateMean(terms, config.privacy, experiment.clients_per_round, draw_normal)
@@ -93,7 +95,7 @@ class Gathering:
         stepped = {name: self.current[name] for name in aggregate.mean}
         tensors, server = server_step(config.server, stepped, aggregate.mean, state.server)
         tensors = learner.renew(state.tensors | tensors | aggregate.factors, self._round)
-        following = replace(state, round=self._round, tensors=tensors, server=state.server | server)
+        following = replace(state, round=self._round, tensors=tensors, server=state.server | server | aggregate.memory)
         if config.server.aggregation in MOVES:
             following.base = moved(state.base or learner.base(), aggregate.moves)
             following.moves = [*state.moves, aggregate.ranks]

@@ -400,6 +400,32 @@ def test_momentum_steps_from_fedexs_mean(walk):
     assert all(torch.equal(run.state.tensors[name], tensor) for name, tensor in expected.items())
 
 
+@pytest.mark.parametrize("optimizer", ["fedavgm", "fedadam"])
+@pytest.mark.parametrize("aggregation", ["flora", "flexlora", "refactor-exact"])
+def test_optimisers_step_along_the_change_of_products(walk, aggregation, optimizer):
+    """Two rounds against the optimiser on dense weights: W <- W + step(the clients' mean - W); flexlora loses what
+    rank 4 cannot hold, which the next round starts from."""
+    server = {"aggregation": aggregation, "optimizer": optimizer, "lr": 0.5, "momentum": 0.5}
+    run = walk("bert", rounds=2, method={"name": "lora"}, server=server)
+    config, memory = ServerConfig(**server), {}
+    begun = effective(run.experiment, run.states[0].tensors, run.states[0].base)
+    pretrained = begun
+    for round in (0, 1):
+        mean = {n: run.expected[round][n] - (run.expected[round - 1] if round else pretrained)[n] for n in begun}
+        zero = {n: torch.zeros_like(change) for n, change in mean.items()}
+        step, memory = server_step(config, zero, mean, memory)
+        for name, before in begun.items():
+            full = before + step[name]
+            if aggregation == "flexlora":
+                missed = torch.linalg.svdvals(full - pretrained[name])[4:].norm()
+                assert (run.found[round][name] - full).norm() == pytest.approx(float(missed), rel=1e-3)
+            else:
+                assert gap(run.found[round][name], full) < 1e-6
+        begun = run.found[round]
+    if aggregation != "flexlora":
+        assert all(sum(move.values()) == 12 * 32 for move in run.state.moves)
+
+
 def test_sparse_entries_are_the_seeds(tiny_config):
     """The common random mask of SLoRA: the same in every process, others by layer and seed."""
     config = changed(tiny_config, method={"name": "slora", "density": 0.1})

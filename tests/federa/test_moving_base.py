@@ -165,10 +165,6 @@ BAD = {
     "products of one factor": ({"method": {"name": "ffa-lora"}, "server": FEDEX}, "must be fedavg or one of median"),
     "bfloat16 base": ({"method": {"residual_dtype": "bfloat16"}, "server": FEDEX}, "must be float32 for server.agg"),
     "rate of fedex": ({"server": FEDEX | {"lr": 0.5}}, "server.lr must be 1 for server.aggregation fedex"),
-    "Adam in another basis": (
-        {"server": {"aggregation": "flexlora", "optimizer": "fedadam"}},
-        "server.optimizer must be fedavg for server.aggregation flexlora, got fedadam: its factors have another basis",
-    ),
     "Adam over fedsvd": (
         {"method": {"name": "fedsvd"}, "server": {"optimizer": "fedavgm"}},
         "server.optimizer must be fedavg for method.name fedsvd, got fedavgm",
