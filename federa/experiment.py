@@ -91,6 +91,8 @@ def build(config: Config, broadcast: Broadcast | None = None, device: str | None
     if config.evaluation.per_client:
         rng = generator(config.seed, Purpose.EVALUATION)
         test_clients = partition_like(partition.indices, train.labels, test.labels, rng)
+    if config.model.precision == "bfloat16":
+        model.forward = torch.autocast(device.type, torch.bfloat16)(model.forward)
     learner = make_trainable(model, config.method, config.seed, device, broadcast)
     server, clients = config.server, len(partition.indices)
     for key, needed in (("clients_per_round", server.clients_per_round or 1), ("min_updates", server.min_updates)):
