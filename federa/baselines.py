@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from federa.client import train_client
-from federa.config import Config, changed, config_digest
+from federa.config import Config, changed, config_digest, head_only
 from federa.errors import InputError
 from federa.experiment import Experiment, build, partition_of
 from federa.folder import RunFolder
@@ -44,7 +44,7 @@ def run_baseline(name: str, config: Config, output: str | Path, watch: Watch) ->
         if {field: row.get(field) for field in key} == key:
             return row
         raise InputError(f"{output}: already holds a baseline of another run; choose another --output or delete it")
-    frozen = changed(config, method={"name": "head-only"})
+    frozen = head_only(config)
     if name == "head-only":
         result = run(frozen, output, watch=watch)
         row = _row(name, result.test, "federated, backbone frozen")
@@ -104,6 +104,7 @@ def linear_probe(experiment: Experiment) -> Row:
 
 def local_only(config: Config, watch: Watch) -> Row:
     """Mean over clients of the accuracy of each one's own model on its own share of the test set; the worst beside."""
+    config = _single(config)
     experiment = build(config)
     config, learner, test = _alone(config, experiment), experiment.learner, experiment.test
     start = learner.state()
@@ -112,13 +113,26 @@ def local_only(config: Config, watch: Watch) -> Row:
     scores = []
     for client, (indices, share) in enumerate(zip(experiment.clients, shares, strict=True)):
         if len(share):
-            learner.load(train_client(learner, experiment.train, indices, client, 1, start, config).tensors)
+            update = train_client(learner, experiment.train, indices, client, 1, start, config)
+            learner.load({**start, **update.tensors})
             own = predict(learner.model, test.take(share), config.evaluation.batch_size, learner.device)
             scores.append(score(own))
         watch("client", {"round": 1, "client": client, "position": client + 1, "of": len(shares)})
     means = {name: float(np.mean([one[name] for one in scores])) for name in ("accuracy", "macro_f1")}
     worst = min(one["accuracy"] for one in scores)
     return _row("local", means, f"mean of {len(scores)} clients on their own test data; worst {worst:.3f}")
+
+
+def _single(config: Config) -> Config:
+    """`config` without what only rounds of many clients have: aggregation, mixed ranks, variates, noise, stages."""
+    name = "lora" if config.method.name in ("rolora", "slora") else config.method.name
+    return changed(
+        config,
+        method={"name": name, "client_ranks": None},
+        server={"aggregation": "fedavg", "clip_update": None},
+        client={"control_variates": False},
+        privacy={"clip": None},
+    )
 
 
 def _alone(config: Config, experiment: Experiment) -> Config:
@@ -132,6 +146,7 @@ def _alone(config: Config, experiment: Experiment) -> Config:
 
 def _pooled(config: Config) -> Config:
     """One client with all the data and one round, with as many examples seen as all rounds of the run together."""
+    config = _single(config)
     client = config.client
     batch = client.batch_size * client.accumulate
     sizes = [len(own) for own in partition_of(config)[1].indices]

@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from federa import strict_yaml
-from federa.combinations import check_combinations
+from federa.combinations import PRODUCTS, check_combinations
 from federa.errors import InputError
 
 Text = Annotated[str, Field(min_length=1, pattern=r"^[^\x00]*$")]
@@ -231,6 +231,12 @@ def changed(config: Config, **sections: Mapping[str, Any]) -> Config:
     for section, changes in sections.items():
         values[section] |= changes
     return load_config(values)
+
+
+def head_only(config: Config) -> Config:
+    """The same run with a frozen backbone, and what only adapters allow set back."""
+    aggregation = "fedavg" if config.server.aggregation in PRODUCTS else config.server.aggregation
+    return changed(config, method={"name": "head-only", "client_ranks": None}, server={"aggregation": aggregation})
 
 
 def anchored(config: Config) -> Config:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from federa.config import Config, changed, config_digest
+from federa.config import Config, config_digest, head_only
 from federa.data import Corpus, Examples, Texts, tokenise, validation_split
 from federa.errors import InputError
 from federa.methods import Broadcast, Learner, make_trainable
@@ -104,7 +104,7 @@ def build(config: Config, broadcast: Broadcast | None = None, device: str | None
 def partition_of(config: Config) -> tuple[Corpus, Partition, np.ndarray]:
     """(corpus, partition, counts (clients, labels)) of a configuration, without its model unless kmeans needs it."""
     if config.partition.scheme == "kmeans":
-        experiment = build(changed(config, method={"name": "head-only"}))
+        experiment = build(head_only(config))
         corpus, partition, labels = experiment.corpus, experiment.partition, experiment.train.labels
     else:
         corpus = load_corpus(config.data, config.seed)

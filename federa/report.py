@@ -174,8 +174,14 @@ def _facts(run: Run) -> dict[str, str]:
         "Clients": f"{run.clients} ({run.partition.scheme if run.partition else config.partition.scheme}), "
         + (f"{server.clients_per_round} a round" if server.clients_per_round else "all in every round"),
         "Local training": f"{client.optimizer}, lr {client.lr:g}, batch {client.batch_size}, {local} a round",
-        "Server": server.optimizer,
+        "Server": server.optimizer + (f", {server.aggregation}" if server.aggregation != "fedavg" else ""),
     }
+    if spent := [row.privacy for row in run.rounds if row.privacy]:
+        facts["Privacy"] = f"epsilon {spent[-1].epsilon:.2f} at delta {spent[-1].delta:g}, for whole clients"
+    if drifts := [row.drift for row in run.rounds if row.drift is not None]:
+        facts["Drift"] = (
+            f"{percent(max(drifts))} of a round's change at most: averaged factors against averaged products"
+        )
     if run.bytes_per_client:
         up, down = run.bytes_per_client
         facts["Traffic"] = (

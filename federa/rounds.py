@@ -4,6 +4,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -68,7 +69,8 @@ class Gathering:
         self._experiment, self._state, self._round, self.current = experiment, state, round, current
         pairs = [p for p in learner.pairs.values() if {p.lora_A, p.lora_B} <= current.keys()]
         rank_of = None if config.method.client_ranks is None else learner.rank_of
-        terms = Terms(config.server, current, pairs, rank_of, lambda: learner.restart(round), config.evaluation.drift)
+        restart = partial(learner.restart, round)
+        terms = Terms(config.server, current, pairs, rank_of, restart, config.evaluation.drift, state.server)
         self.aggregator: Mean | Stacked | Robust | PrivateMean
         if config.privacy.clip is not None:
             self.aggregator = PrivateMean(terms, config.privacy, experiment.clients_per_round, draw_normal)
@@ -93,7 +95,7 @@ class Gathering:
         stepped = {name: self.current[name] for name in aggregate.mean}
         tensors, server = server_step(config.server, stepped, aggregate.mean, state.server)
         tensors = learner.renew(state.tensors | tensors | aggregate.factors, self._round)
-        following = replace(state, round=self._round, tensors=tensors, server=state.server | server)
+        following = replace(state, round=self._round, tensors=tensors, server=state.server | server | aggregate.memory)
         if config.server.aggregation in MOVES:
             following.base = moved(state.base or learner.base(), aggregate.moves)
             following.moves = [*state.moves, aggregate.ranks]
@@ -122,6 +124,8 @@ def run_rounds(
     server.min_updates good updates in all its attempts; the rounds before it are saved.
     """
     config, saved = experiment.config, state.round
+    if config.privacy.clip is not None:
+        epsilon(config.privacy, len(experiment.clients), experiment.clients_per_round, 0)  # the accountant is there
     try:
         while state.round < config.server.rounds:
             following, record = _run_round(experiment, state, watch, train)
@@ -162,7 +166,7 @@ def _run_round(experiment: Experiment, state: State, watch: Watch, train: Train)
         "rejected": [item for one in attempts for item in one.rejected],
         "examples": attempt.examples,
         "steps": attempt.steps,
-        "train_loss": attempt.loss / attempt.examples,
+        "train_loss": attempt.loss / attempt.examples if attempt.examples else None,
         "lr": config.client.lr * rate_factor(config.client, (round - 0.5) / config.server.rounds),
         "update_norm": update_norm(before.tensors, state.tensors),
         "drift": drift,
@@ -238,7 +242,7 @@ def _collect(
                 else:
                     attempt.rejected.append({"client": client, "why": problem})
             watch("client", {"round": round, "client": client, "position": position, "of": len(attempt.sampled)})
-        if len(attempt.completed) >= server.min_updates:
+        if len(attempt.completed) >= server.min_updates or not attempt.sampled:  # Poisson sampling may pick nobody
             return attempts, gathering
     raise RunError(
         f"round {round}: got {len(attempt.completed)} good updates in the last of {server.retries + 1} attempts, "

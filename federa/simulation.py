@@ -15,8 +15,8 @@ from federa.checkpoint import (
     newest_checkpoint,
     save_checkpoint,
 )
-from federa.combinations import MOVES
 from federa.cohort import Cohorts, choose_size
+from federa.combinations import MOVES
 from federa.config import FREE_KEYS, Config, anchored, config_digest, load_config
 from federa.errors import InputError
 from federa.experiment import Experiment, build
