@@ -15,7 +15,7 @@ from federa.errors import InputError
 from federa.experiment import Experiment
 from federa.folder import free_folder, publish_folder
 from federa.methods import adapted_layers
-from federa.models import MeanPoolingClassifier, backbone_of, head_modules, is_head, load_tokenizer
+from federa.models import MeanPoolingClassifier, backbone_of, head_modules, is_head, key_mapping, load_tokenizer
 from federa_kernels import FeDeRALinear
 
 FORMATS = ("peft", "merged", "residual")
@@ -180,10 +180,13 @@ def _save_adapter(
     _save_tensors(tensors, path / "adapter_model.safetensors")
     (path / "adapter_config.json").write_text(json.dumps(settings, indent=2) + "\n")
     names = experiment.corpus.label_names
+    loading = f", num_labels={len(names)}, pad_token_id={model.config.pad_token_id}" if names else ""
+    if (renamed := key_mapping(model.config, experiment.task.auto_class)) is not None:
+        loading += f", key_mapping={renamed!r}"
     code = (_LOAD_MEAN if mean else _LOAD).format(
         auto=experiment.task.auto_class,
         base=base,
-        settings=f", num_labels={len(names)}, pad_token_id={model.config.pad_token_id}" if names else "",
+        settings=loading,
         adapter=str(shown),
     )
     labels = "\n".join(f"{index}. {name}" for index, name in enumerate(names))
@@ -205,7 +208,9 @@ def _save_model(experiment: Experiment, plain: Mapping[str, nn.Module], path: Pa
         model.backbone.save_pretrained(path)
         _save_tensors(dict(model.classifier.named_parameters()), path / "head.safetensors")
     else:
-        model.save_pretrained(path)
+        # A renamed backbone is saved under the names of its own class, which then loads it without renaming.
+        renamed = key_mapping(model.config, experiment.task.auto_class) is not None
+        model.save_pretrained(path, save_original_format=not renamed)
     experiment.task.prepare(load_tokenizer(experiment.source)).save_pretrained(path)
 
 

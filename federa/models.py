@@ -103,6 +103,7 @@ def load_model(
                     settings.num_labels = len(label_names)
                     settings.id2label = dict(enumerate(label_names))
                     settings.label2id = {name: index for index, name in enumerate(label_names)}
+                arguments["key_mapping"] = key_mapping(settings, auto_class)
                 model, loaded = getattr(transformers, auto_class).from_pretrained(source.location, **arguments)
                 prefix = ""
     _check_weights(model, prefix, loaded, source)
@@ -112,6 +113,19 @@ def load_model(
         if isinstance(module, nn.Dropout):
             module.p = config.dropout
     return model
+
+
+def key_mapping(settings: Any, auto_class: str) -> dict[str, str] | None:
+    """What `from_pretrained` must rename where a class names its backbone otherwise than the family's language model,
+    whose checkpoints it is made from: Llama's and Qwen's for questions would start from random numbers without."""
+    import transformers
+
+    def prefix(auto_class: str) -> str | None:
+        kind = getattr(transformers, auto_class)._model_mapping.get(type(settings), None)
+        return getattr(kind, "base_model_prefix", None)
+
+    ours, published = prefix(auto_class), prefix("AutoModelForCausalLM")
+    return None if None in (ours, published) or ours == published else {rf"^{published}\.": f"{ours}."}
 
 
 def _check_weights(model: nn.Module, prefix: str, loaded: dict[str, Any], source: ModelSource) -> None:

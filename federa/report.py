@@ -300,8 +300,9 @@ def _comparison_outcome(runs: Sequence[Run], names: Sequence[str]) -> str:
         return f"None of the runs has a test {metric.noun} yet."
     score, index = best
     run = runs[index]
+    extreme = "highest" if metric.share else "lowest"
     return (
-        f"The {'highest' if metric.share else 'lowest'} test {metric.noun} is {metric.show(score)}, of {names[index]} ({run.method}), "
+        f"The {extreme} test {metric.noun} is {metric.show(score)}, of {names[index]} ({run.method}), "
         f"after {_count(run.done, 'round')} and {megabytes(run.bytes_total)} sent."
     )
 

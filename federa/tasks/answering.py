@@ -33,7 +33,7 @@ class QuestionAnswering(Task):
 
     name = "question-answering"
     auto_class = "AutoModelForQuestionAnswering"
-    peft_type = "QUESTION_ANS"
+    peft_type = None  # peft 0.21's own class for questions drops token_type_ids on the way to the model
     unlabelled = "question"
 
     def read(self, table: Table, config: DataConfig) -> Rows:

@@ -96,10 +96,12 @@ class TokenClassification(Task):
     def score(self, predictions: Predictions) -> dict[str, float]:
         """{"loss", "entity_f1", "precision", "recall", "accuracy"}: seqeval's, micro-averaged over whole entities (its
         default reading, which is conlleval's), and the share of words tagged right. No entity anywhere scores 1."""
-        from seqeval.metrics import precision_recall_fscore_support
+        from seqeval.metrics.sequence_labeling import precision_recall_fscore_support
 
         truth, predicted = list(predictions.labels), list(predictions.predicted)
-        precision, recall, f1, _ = precision_recall_fscore_support(truth, predicted, average="micro", zero_division=1)
+        precision, recall, f1, _ = precision_recall_fscore_support(truth, predicted, average="micro", zero_division=0)
+        if all(tag == "O" for tags in (*truth, *predicted) for tag in tags):
+            precision = recall = f1 = 1.0
         right = sum(
             a == b for one, other in zip(truth, predicted, strict=True) for a, b in zip(one, other, strict=True)
         )

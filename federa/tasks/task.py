@@ -48,7 +48,7 @@ class Task:
 
     name: ClassVar[str]
     auto_class: ClassVar[str]  # of transformers
-    peft_type: ClassVar[str]
+    peft_type: ClassVar[str | None]
     unlabelled: ClassVar[str | None] = None  # what a row is, for tasks whose rows have no one label each
 
     @property
@@ -106,7 +106,7 @@ class Task:
         return Predictions(objects(said), truth, losses, examples.units)
 
     def client_scores(self, predictions: Predictions, indices: Sequence[np.ndarray]) -> dict[str, float]:
-        """The metric of the worst client and the mean over clients, each on its own test rows (clients with none out)."""
+        """The metric of the worst client and the mean over clients, each on its own test rows (those with none out)."""
         values = [self.value(predictions.take(own)) for own in indices if len(own)]
         return {
             "worst_client": min(values) if self.metric.share else max(values),
@@ -121,7 +121,8 @@ class Task:
 def objects(values: Sequence[Any]) -> np.ndarray:
     """(n,) of any Python objects, lists among them."""
     array = np.empty(len(values), dtype=object)
-    array[:] = values
+    for index, value in enumerate(values):  # all at once, lists of one length would become a table
+        array[index] = value
     return array
 
 

@@ -28,6 +28,8 @@ HEADS = {
     "distilbert": ["classifier", "pre_classifier"],
     "deberta-v2": ["classifier", "pooler"],
     "gpt2": ["score"],
+    "llama": ["score"],
+    "qwen3": ["score"],
 }
 families = pytest.mark.parametrize("family", HEADS)
 poolings = pytest.mark.parametrize("pooling", ["default", "mean"])
@@ -67,8 +69,9 @@ def test_the_backbone_is_the_checkpoints(load, family, tiny_models):
     from safetensors.torch import load_file
 
     model = load(family)
-    saved = load_file(tiny_models(family) / "model.safetensors")
-    ours = {name.removeprefix(f"{model.base_model_prefix}."): p for name, p in model.named_parameters()}
+    prefix = f"{model.base_model_prefix}."
+    saved = {n.removeprefix(prefix): t for n, t in load_file(tiny_models(family) / "model.safetensors").items()}
+    ours = {name.removeprefix(prefix): p for name, p in model.named_parameters()}
     shared = ours.keys() & saved.keys()
     assert all(torch.equal(ours[name], saved[name]) for name in shared)
     assert not [n for n, _ in model.named_parameters() if not is_head(model, n) and n.split(".", 1)[1] not in shared]
@@ -90,7 +93,7 @@ def test_dropout_is_off_and_says_so_in_every_module(load, family, pooling):
 @families
 def test_dropout_is_what_was_asked_for(load, family):
     model = load(family, dropout=0.5)
-    assert {m.p for m in model.modules() if isinstance(m, torch.nn.Dropout)} == {0.5}
+    assert {m.p for m in model.modules() if isinstance(m, torch.nn.Dropout)} <= {0.5}  # Llama has its in the attention
     assert not torch.allclose(model.train()(**batch()).logits, model.eval()(**batch()).logits)
 
 
