@@ -133,10 +133,10 @@ class EntityClassification(Classification):
                 f"{row} ({text[:40]!r}...), got room for {room}; raise it"
             )
         start = min(max(0, first - (room - needed) // 2), len(spans) - room)
-        # Cut between words, so that no piece changes.
         begin, end = spans[start][0], spans[start + room - 1][1]
-        if start > 0 and (space := text.find(" ", begin)) >= 0:
-            begin = min(space + 1, marks[0][0])
-        if start + room < len(spans) and (space := text.rfind(" ", 0, end + 1)) >= 0:
-            end = max(space, marks[-1][1])
+        # Cut between words, so that no piece changes.
+        if begin > 0 and text[begin - 1] != " ":
+            begin = min(text.find(" ", begin) + 1 or begin, marks[0][0])
+        if end < len(text) and text[end] != " ":
+            end = max(text.rfind(" ", 0, end), marks[-1][1])
         return text[begin:end]
