@@ -234,7 +234,7 @@ def _partition_section(partition: Partition) -> str:
         f", with {sum(held) / len(held):.1f} of {_count(labels, 'label')} on average." if labels > 1 else "."
     )
     picture = draw_partition(partition.counts, partition.label_names, names=partition.names)
-    alt = f"Heat map of {len(sizes)} clients and {labels} labels. {text}"
+    alt = f"Heat map of {len(sizes)} clients{f' and {labels} labels' if labels > 1 else ''}. {text}"
     rows = []
     for client, row in enumerate(partition.counts[:SHOWN]):
         top = max(range(labels), key=row.__getitem__)
@@ -245,7 +245,8 @@ def _partition_section(partition: Partition) -> str:
         rows.append((escape(name), f"{sizes[client]:,}", f"{held[client]}", most))
     columns = ("Client", "Examples", "Labels held", "Most frequent label")
     note = f"<p>The first {SHOWN} of {len(sizes):,} clients.</p>" if len(sizes) > SHOWN else ""
-    table = note + page.table(columns, rows, numeric=(1, 2))
+    shown = len(columns) if labels > 1 else 2
+    table = note + page.table(columns[:shown], [row[:shown] for row in rows], numeric=(1, 2))
     body = f"<p>{escape(partition.convention or partition.scheme)}</p><p>{text}</p>{page.figures([(picture, alt)])}"
     return page.section("Who holds what", body) + page.details("Clients", table)
 

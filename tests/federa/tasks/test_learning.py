@@ -1,0 +1,66 @@
+"""The real MiniLM learns to tag WNUT-17, to answer SQuAD's questions and to relate SemEval's entities, federated."""
+
+import gzip
+import json
+
+import federa
+
+
+def subset(data_dir, folder, name, counts, keep):
+    """The first rows of a data set that pass `keep`, so many a split, as files of their own."""
+    folder.mkdir()
+    for split, count in counts.items():
+        with gzip.open(data_dir / name / f"{split}.jsonl.gz", "rt") as lines:
+            rows = [row for row in map(json.loads, lines) if keep(row, split)][:count]
+        assert len(rows) == count
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    labels = data_dir / name / "labels.json"
+    if labels.is_file():
+        (folder / "labels.json").write_text(labels.read_text())
+    return folder
+
+
+def learn(minilm_path, folder, task, data, max_length, client, rounds, **sections):
+    """Test scores before the first round and after the last."""
+    config = {
+        "task": {"name": task},
+        "model": {"name": str(minilm_path), "device": "cpu"},
+        "data": {"path": str(data), "max_length": max_length, "validation": 0.0, "cache": str(folder / "tokens")},
+        "partition": {"scheme": "iid", "clients": 3},
+        "client": client,
+        "server": {"rounds": rounds},
+        "evaluation": {"test_every": rounds, "every": rounds},
+        "run": {"threads": 1},
+    }
+    result = federa.run(config | sections, folder / "run")
+    assert (folder / "run" / "adapter" / "adapter_model.safetensors").is_file()
+    return result.records[0]["test"], result.test
+
+
+def test_tagging_wnut(minilm_path, data_dir, tmp_path):
+    data = subset(
+        data_dir,
+        tmp_path / "data",
+        "wnut17",
+        {"train": 320, "test": 150},
+        lambda row, split: split == "test" or any(tag != "O" for tag in row["tags"]),
+    )
+    client = {"lr": 2e-3, "head_lr": 1e-2, "batch_size": 16}
+    before, after = learn(minilm_path, tmp_path, "token-classification", data, 48, client, 3)
+    assert before["entity_f1"] < 0.03
+    assert after["entity_f1"] > 0.2 and after["accuracy"] > 0.9
+
+
+def test_answering_squad(minilm_path, data_dir, tmp_path):
+    """Short contexts, one round: the head alone, untrained, gets a few words by chance and no answer whole."""
+    data = subset(
+        data_dir,
+        tmp_path / "data",
+        "squad_v1_1",
+        {"train": 360, "validation": 70},
+        lambda row, split: len(row["context"].split()) <= 80,
+    )
+    client = {"lr": 5e-4, "head_lr": 5e-3, "batch_size": 8}
+    before, after = learn(minilm_path, tmp_path, "question-answering", data, 160, client, 1)
+    assert before["f1"] < 0.07 and before["exact_match"] < 0.02
+    assert after["f1"] > 2 * before["f1"] and after["exact_match"] >= 0.05
