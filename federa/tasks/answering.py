@@ -187,7 +187,8 @@ def _windows(
 def _cut(question: str, tokenizer: Any, limit: int) -> str:
     if len(question) <= limit:  # a token has at least one character
         return question
-    spans = tokenizer(question, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+    encoded = tokenizer(question, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    spans = encoded["offset_mapping"]
     return question if len(spans) <= limit else question[: spans[limit - 1][1]]
 
 

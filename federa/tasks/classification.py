@@ -120,7 +120,7 @@ class EntityClassification(Classification):
         """The text, cut to about `room` tokens with both entities among them."""
         if len(text) <= room:  # a token has at least one character
             return text
-        spans = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+        spans = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)["offset_mapping"]
         if len(spans) <= room:
             return text
         marks = [match.span() for match in re.finditer("|".join(MARKS), text)]

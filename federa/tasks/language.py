@@ -133,7 +133,8 @@ def _tokenise(conversations: list[list[dict[str, str]]], tokenizer: Any, max_len
     ids, answers = [], []
     for start in range(0, len(conversations), TOKENISE_AT_ONCE):
         pairs = [_split(turns, tokenizer) for turns in conversations[start : start + TOKENISE_AT_ONCE]]
-        encoded = (tokenizer([pair[i] for pair in pairs], add_special_tokens=False)["input_ids"] for i in range(2))
+        sides = zip(*pairs, strict=True)
+        encoded = (tokenizer(list(side), add_special_tokens=False, verbose=False)["input_ids"] for side in sides)
         for prompt, answer in zip(*encoded, strict=True):
             answer = answer[: max_length - 1]
             prompt = prompt[-(max_length - len(answer)) :]
