@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import re
 
 import pytest
 
@@ -44,7 +45,7 @@ def test_tagging_wnut(minilm_path, data_dir, tmp_path):
         data_dir,
         tmp_path / "data",
         "wnut17",
-        {"train": 320, "test": 150},
+        {"train": 240, "test": 100},
         lambda row, split: split == "test" or any(tag != "O" for tag in row["tags"]),
     )
     client = {"lr": 2e-3, "head_lr": 1e-2, "batch_size": 16}
@@ -54,18 +55,18 @@ def test_tagging_wnut(minilm_path, data_dir, tmp_path):
 
 
 def test_answering_squad(minilm_path, data_dir, tmp_path):
-    """Short contexts, one round: the head alone, untrained, gets a few words by chance and no answer whole."""
-    data = subset(
-        data_dir,
-        tmp_path / "data",
-        "squad_v1_1",
-        {"train": 360, "validation": 70},
-        lambda row, split: len(row["context"].split()) <= 80,
-    )
-    client = {"lr": 5e-4, "head_lr": 5e-3, "batch_size": 8}
-    before, after = learn(minilm_path, tmp_path, "question-answering", data, 160, client, 1)
-    assert before["f1"] < 0.07 and before["exact_match"] < 0.02
-    assert after["f1"] > 2 * before["f1"] and after["exact_match"] >= 0.05
+    """Questions for dates and numbers, which so few examples teach; untrained, no answer is whole."""
+
+    def asks_for_a_number(row, split):
+        asked = re.search(r"\b(when|year|how many|how much|what percentage|what date)\b", row["question"], re.I)
+        return asked and re.search(r"\d", row["answers"]["text"][0]) and len(row["context"].split()) <= 120
+
+    counts = {"train": 230, "validation": 43}
+    data = subset(data_dir, tmp_path / "data", "squad_v1_1", counts, asks_for_a_number)
+    client = {"lr": 2e-3, "head_lr": 2e-3, "batch_size": 8}
+    before, after = learn(minilm_path, tmp_path, "question-answering", data, 192, client, 1)
+    assert before["f1"] < 0.06 and before["exact_match"] < 0.03
+    assert after["f1"] > 0.15 and after["exact_match"] > 0.08
 
 
 @pytest.mark.exhaustive
