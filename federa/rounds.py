@@ -32,7 +32,6 @@ from federa.experiment import Experiment
 from federa.folder import RunFolder
 from federa.privacy import draw_normal, epsilon, secret_generator
 from federa.randomness import Purpose, generator
-from federa.tasks import client_scores, predict, score
 
 Watch = Callable[[str, dict[str, Any]], None]
 # (experiment, state before the round, round, clients in id order) -> their updates, in that order
@@ -188,8 +187,8 @@ def _run_round(experiment: Experiment, state: State, watch: Watch, train: Train)
 
 
 def evaluate_round(experiment: Experiment, state: State) -> dict[str, Any]:
-    """The scores due after state.round; a better validation accuracy makes it the best round so far."""
-    config = experiment.config.evaluation
+    """The scores due after state.round; a better validation score makes it the best round so far."""
+    config, task = experiment.config.evaluation, experiment.task
     last = state.round == experiment.config.server.rounds
     validate = len(experiment.validation) > 0 and (state.round % config.every == 0 or last)
     test = config.test_every is not None and (state.round % config.test_every == 0 or last)
@@ -198,9 +197,11 @@ def evaluate_round(experiment: Experiment, state: State) -> dict[str, Any]:
         return scores
     experiment.learner.load(state.tensors, state.base)
     if validate:
-        scores["validation"] = score(_predict(experiment, experiment.validation))
-        better = state.best is None or scores["validation"]["accuracy"] > state.best["validation"]["accuracy"]
-        if better and math.isfinite(scores["validation"]["loss"]):
+        scores["validation"] = task.score(_predict(experiment, experiment.validation))
+        before = None if state.best is None else task.metric.value(state.best["validation"])
+        if task.metric.better(task.metric.value(scores["validation"]), before) and math.isfinite(
+            scores["validation"]["loss"]
+        ):
             state.best = {"round": state.round, "validation": scores["validation"]}
     if test:
         scores["test"] = test_scores(experiment)
@@ -210,15 +211,15 @@ def evaluate_round(experiment: Experiment, state: State) -> dict[str, Any]:
 def test_scores(experiment: Experiment) -> dict[str, float]:
     """The loaded tensors on the test set, with the worst and the mean client where asked."""
     predictions = _predict(experiment, experiment.test)
-    scores = score(predictions)
+    scores = experiment.task.score(predictions)
     if experiment.test_clients is not None:
-        scores |= client_scores(predictions, experiment.test_clients)
+        scores |= experiment.task.client_scores(predictions, experiment.test_clients)
     return scores
 
 
 def _predict(experiment: Experiment, examples):
     learner = experiment.learner
-    return predict(learner.model, examples, experiment.config.evaluation.batch_size, learner.device)
+    return learner.task.predict(learner.model, examples, experiment.config.evaluation.batch_size, learner.device)
 
 
 def _collect(
