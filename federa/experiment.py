@@ -76,6 +76,8 @@ def build(config: Config, broadcast: Broadcast | None = None, device: str | None
     examples = tokenise(corpus.train, tokenizer, config.data.max_length, config.data.cache)
     test = tokenise(corpus.test, tokenizer, config.data.max_length, config.data.cache)
     chosen, held_out = validation_split(len(examples), config.data.validation, examples.labels, config.seed)
+    if config.partition.scheme == "sites":  # the server's own texts are for choosing; training is the sites' matter
+        chosen, held_out = np.arange(0), np.arange(len(examples))
     train = examples.take(chosen)
     model = load_classifier(config.model, source, corpus.label_names, tokenizer.pad_token_id, config.seed)
     for part in (examples, test):
@@ -101,6 +103,8 @@ def build(config: Config, broadcast: Broadcast | None = None, device: str | None
 
 def partition_of(config: Config) -> tuple[Corpus, Partition, np.ndarray]:
     """(corpus, partition, counts (clients, labels)) of a configuration, without its model unless kmeans needs it."""
+    if config.partition.scheme == "sites":
+        raise InputError("partition.scheme: sites has its data at real sites, and nothing of them is here to show")
     if config.partition.scheme == "kmeans":
         experiment = build(changed(config, method={"name": "head-only"}))
         corpus, partition, labels = experiment.corpus, experiment.partition, experiment.train.labels

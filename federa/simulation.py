@@ -23,7 +23,7 @@ from federa.folder import RunFolder, environment
 from federa.methods import Broadcast
 from federa.partition import label_counts
 from federa.records import read_run
-from federa.rounds import Watch, evaluate_round, run_rounds, test_scores
+from federa.rounds import Train, Watch, evaluate_round, run_rounds, test_scores, train_in_turn
 
 
 @dataclass(frozen=True)
@@ -59,17 +59,19 @@ def run(
     *,
     overrides: Sequence[str] = (),
     watch: Watch = _silent,
+    train: Train = train_in_turn,
 ) -> RunResult:
     """Runs a configuration (file, mapping or Config, with "section.key=value" overrides) into the folder `output`.
 
     A folder that holds the same run is taken up where it stopped, or read if it is finished. `watch(event, facts)` is
-    called as things happen: "ready", "client", "round", "scored". Raises InputError for bad input, before any training,
-    and RunError when a round cannot be completed; every finished round stays saved.
+    called as things happen: "ready", "client", "round", "scored"; `train` is how a round's clients train. Raises
+    InputError for bad input, before any training, and RunError when a round cannot be completed; every finished
+    round stays saved.
     """
     resolved = anchored(load_config(config, overrides))
     folder = RunFolder.create(output, resolved)
     with folder.lock():
-        return _finished(folder) or _train(folder, resolved, watch)
+        return _finished(folder) or _train(folder, resolved, watch, train)
 
 
 def resume(output: str | Path, *, overrides: Sequence[str] = (), watch: Watch = _silent) -> RunResult:
@@ -126,7 +128,9 @@ def _finished(folder: RunFolder) -> RunResult | None:
     return RunResult(folder.path, facts["test"], facts["validation"], facts["best"], folder.metrics(), facts)
 
 
-def _train(folder: RunFolder, config: Config, watch: Watch) -> RunResult:
+def _train(folder: RunFolder, config: Config, watch: Watch, train: Train = train_in_turn) -> RunResult:
+    if config.partition.scheme == "sites" and train is train_in_turn:
+        raise InputError("partition.scheme: sites is for real sites, which hold the data: `federa flower init`")
     clear_leftovers(folder.path)
     begun = folder.init_file.is_file() or bool(checkpoint_rounds(folder))
     device = _recorded_device(folder) if begun else None
@@ -138,7 +142,7 @@ def _train(folder: RunFolder, config: Config, watch: Watch) -> RunResult:
         state = _begin(experiment, folder)
     folder.rewind_metrics(state.round)
     watch("ready", {"experiment": experiment, "state": state})
-    state = run_rounds(experiment, folder, state, watch)
+    state = run_rounds(experiment, folder, state, watch, train)
     return _conclude(experiment, folder, state, watch)
 
 
