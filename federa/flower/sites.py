@@ -127,11 +127,7 @@ class Sites:
 
     def _collect(self, by_message: dict[str, _Request], end: float, timeout: float, limit: int, spool: Path) -> None:
         """Takes what replies there are; at the end of the time, every missing one is a problem."""
-        if time.monotonic() > end:
-            for request in by_message.values():
-                request.problem = f"no reply within sites.timeout = {timeout:g} s"
-            by_message.clear()
-            return
+        over = time.monotonic() > end
         waiting, again = list(by_message), []
         for start in range(0, len(waiting), _AT_ONCE):
             for message in self.grid.pull_messages(waiting[start : start + _AT_ONCE]):
@@ -151,6 +147,10 @@ class Sites:
                     request.reply = replace(request.reply, blobs={})
         if again:
             by_message.update(self._send(again, max(1.0, end - time.monotonic())))
+        if over:
+            for request in by_message.values():
+                request.problem = f"no reply within sites.timeout = {timeout:g} s"
+            by_message.clear()
         if by_message:
             time.sleep(_POLL)
 
@@ -237,10 +237,9 @@ class Sites:
         of the base model, and what went wrong."""
         clients = []
         for request in requests:
-            facts = {} if request.reply is None else request.reply.facts
-            own = {key: facts.get(key) for key in ("seconds", "loads", "pid", "traffic")}
             entry = {"client": request.client, "node": request.node, "sent": request.sent} | request.notes
-            clients.append(entry | {"site": own, "problem": request.problem})
+            facts = {} if request.reply is None else request.reply.facts
+            clients.append(entry | {"site": _own_account(facts), "problem": request.problem})
         with open(self.folder.path / "sites.jsonl", "a", encoding="utf-8") as file:
             file.write(to_json({"round": round, "seconds": seconds, "clients": clients}) + "\n")
 
@@ -265,6 +264,14 @@ def _receive(request: _Request, message: Message, limit: int) -> None:
         request.problem = "its payload is malformed: it holds no update"
     else:
         request.reply = reply
+
+
+def _own_account(facts: dict[str, Any]) -> dict[str, float | None]:
+    """What a site says of its part: numbers, or None for whatever else it sent."""
+    traffic = facts.get("traffic")
+    said = facts | (traffic if isinstance(traffic, dict) else {})
+    keys = ("seconds", "loads", "pid", "received", "sent")
+    return {key: said[key] if type(said.get(key)) in (int, float) else None for key in keys}
 
 
 def _few(clients: list[int]) -> str:
