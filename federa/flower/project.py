@@ -78,11 +78,11 @@ def resume_project(run_folder: str | Path, overrides: Sequence[str] = ()) -> Non
 
 def submit(project: Path, overrides: Sequence[str] = ()) -> None:
     """`flwr run` of a deployment, until it ends. Raises RunError where Flower refuses."""
-    command = [*flwr(), "run", str(project / "app"), CONNECTION, "--stream"]
+    command = ["run", str(project / "app"), CONNECTION, "--stream"]
     if overrides:
         command += ["--run-config", f"set={json.dumps(chr(10).join(overrides))}"]
-    if subprocess.run(command, env=environment_of(project)).returncode != 0:
-        raise RunError(f"{shlex.join(command)} failed; is the SuperLink running? {project / 'README.md'} starts it")
+    if subprocess.run([*flwr(), *command], env=environment_of(project)).returncode != 0:
+        raise RunError(f"`flwr {shlex.join(command)}` failed; is the SuperLink running? See {project / 'README.md'}")
 
 
 def flwr() -> list[str]:

@@ -4,6 +4,7 @@ The project file's [tool.flwr.app.config] holds config (the run's configuration 
 line), output (the run's folder, on the SuperLink's machine) and project (the deployment's folder).
 """
 
+import time
 from logging import getLogger
 from typing import Any
 
@@ -39,7 +40,21 @@ def main(grid: Grid, context: Context) -> None:
 
     overrides = settings["set"].split("\n") if settings["set"].strip() else []
     config = strict_yaml.parse(settings["config"]) or {}
+    _until_free(folder)
     run(config, folder.path, overrides=overrides, watch=watch, train=Sites(grid, folder))
+
+
+def _until_free(folder: RunFolder, seconds: float = 180.0) -> None:
+    """Waits for a ServerApp that is in the folder still: one outlives its killed SuperLink by some seconds."""
+    end = time.monotonic() + seconds
+    while folder.path.is_dir():
+        try:
+            with folder.lock():
+                return
+        except InputError:
+            if time.monotonic() > end:
+                raise
+            time.sleep(1.0)
 
 
 def _scores(record: dict[str, Any]) -> str:
