@@ -43,7 +43,11 @@ class Parcel:
         (length,) = struct.unpack("<Q", _exactly(stream, 8))
         if length > _LIMIT:
             raise ValueError(f"parcel: the header must have at most {_LIMIT} bytes, got {length}")
-        facts, sizes = _facts(_exactly(stream, length), list)
+        match _facts(_exactly(stream, length), list):
+            case [dict(facts), dict(sizes)] if all(type(size) is int and size >= 0 for size in sizes.values()):
+                pass
+            case other:
+                raise ValueError(f"parcel: must hold facts and sizes, got {str(other)[:80]}")
         return cls(facts, {name: _exactly(stream, size) for name, size in sizes.items()})
 
     def to_record(self) -> "RecordDict":
