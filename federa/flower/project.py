@@ -71,16 +71,15 @@ def resume_project(run_folder: str | Path, overrides: Sequence[str] = ()) -> Non
     project = Path(folder.read_json(folder.path / "flower.json", ("project",))["project"])
     if not (project / "app" / "pyproject.toml").is_file():
         raise InputError(f"{project}: must be the deployment that this run began in, got no app/pyproject.toml")
-    submit(project, overrides)
+    submit(project, output=os.path.abspath(folder.path), set=chr(10).join(overrides))
     if folder.result() is None:
         raise RunError(f"{run_folder}: the run over sites has stopped before its end; Flower's log above says why")
 
 
-def submit(project: Path, overrides: Sequence[str] = ()) -> None:
-    """`flwr run` of a deployment, until it ends. Raises RunError where Flower refuses."""
+def submit(project: Path, **settings: str) -> None:
+    """`flwr run` of a deployment with some of its app's settings changed, until it ends. RunError if Flower refuses."""
     command = ["run", str(project / "app"), CONNECTION, "--stream"]
-    if overrides:
-        command += ["--run-config", f"set={json.dumps(chr(10).join(overrides))}"]
+    command += ["--run-config", " ".join(f"{key}={json.dumps(value)}" for key, value in settings.items())]
     if subprocess.run([*flwr(), *command], env=environment_of(project)).returncode != 0:
         raise RunError(f"`flwr {shlex.join(command)}` failed; is the SuperLink running? See {project / 'README.md'}")
 
