@@ -1,5 +1,6 @@
 """A real deployment on this machine: SuperLink, SuperNodes and workers as processes, by a project's own commands."""
 
+import contextlib
 import json
 import os
 import shlex
@@ -31,6 +32,7 @@ class Deployment:
     def __init__(self, folder: Path, address: str, first_port: int, insecure: bool = False):
         self.folder, self.address, self.first_port, self.insecure = folder, address, first_port, insecure
         self.processes: dict[str, subprocess.Popen] = {}
+        self.groups: list[int] = []
         self.logs = folder.parent / f"{folder.name}-logs"
         self.logs.mkdir()
 
@@ -40,6 +42,9 @@ class Deployment:
     def __exit__(self, *_):
         for name in list(self.processes):
             self.kill(name, signal.SIGTERM)
+        for group in self.groups:  # whatever a killed process has left behind
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(group, signal.SIGKILL)
 
     def start(self, name: str, command: list[str], home: Path) -> subprocess.Popen:
         if command[0].startswith(("flower-", "federa")):
@@ -51,6 +56,7 @@ class Deployment:
                 start_new_session=True,
             )  # fmt: skip
         self.processes[name] = process
+        self.groups.append(process.pid)  # each is a session of its own
         return process
 
     def kill(self, name: str, how: int = signal.SIGKILL) -> None:
