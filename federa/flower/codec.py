@@ -5,7 +5,7 @@ wire "bfloat16": half the bytes. The state is rounded on its way down; what come
 which the server adds to its own unrounded state: rounding errors do not pile up over rounds.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -18,13 +18,13 @@ from federa.client import ClientUpdate
 
 Tensors = Mapping[str, torch.Tensor]
 
-# The server's own of a State: its optimiser, its books. Everything else of it goes to the sites.
-PRIVATE = frozenset({"server", "seen", "bytes_total", "seconds", "best"})
+# What of a State goes to the sites; the rest is the server's own: its optimiser, its books, all clients' variates.
+SENT = ("round", "tensors", "base")
 
 
 def pack_state(state: State, wire: str) -> tuple[dict[str, Any], bytes]:
     """(facts, bytes) of what a site needs of the state before a round."""
-    facts, groups = _split(state, PRIVATE)
+    facts, groups = _split(state, SENT)
     if wire == "bfloat16":
         groups["tensors"] = {name: _halved(tensor) for name, tensor in groups["tensors"].items()}
     return facts, _join(groups)
@@ -37,9 +37,18 @@ def unpack_state(facts: Mapping[str, Any], content: bytes, template: Tensors) ->
     return _build(State, facts, {**groups, "tensors": tensors})
 
 
+def pack_correction(correction: Tensors) -> bytes:
+    """What one client adds to its gradients (SCAFFOLD), always as it is."""
+    return _join({"correction": correction})
+
+
+def unpack_correction(content: bytes) -> dict[str, torch.Tensor]:
+    return _parse(content)["correction"]
+
+
 def pack_update(update: ClientUpdate, start: Tensors, wire: str) -> tuple[dict[str, Any], bytes]:
     """(facts, bytes) of an update that started from `start`, the tensors that the site was sent."""
-    facts, groups = _split(update)
+    facts, groups = _split(update, [item.name for item in fields(update)])
     if wire == "bfloat16":
         groups["tensors"] = {
             name: _halved(tensor - start[name]) if tensor.is_floating_point() else tensor
@@ -78,17 +87,15 @@ def _grown(name: str, change: torch.Tensor, current: torch.Tensor | None) -> tor
     return current + change.to(current.dtype)
 
 
-def _split(record: Any, private: frozenset[str] = frozenset()) -> tuple[dict[str, Any], dict[str, Tensors]]:
-    """A dataclass as facts and groups of tensors: every field that maps names to tensors is a group."""
+def _split(record: Any, names: Sequence[str]) -> tuple[dict[str, Any], dict[str, Tensors]]:
+    """Some fields of a dataclass as facts and groups of tensors: a field that maps names to tensors is a group."""
     facts, groups = {}, {}
-    for item in fields(record):
-        value = getattr(record, item.name)
-        if item.name in private:
-            continue
+    for name in names:
+        value = getattr(record, name)
         if isinstance(value, Mapping) and value and all(isinstance(t, torch.Tensor) for t in value.values()):
-            groups[item.name] = dict(value)
+            groups[name] = dict(value)
         else:
-            facts[item.name] = dict(value) if isinstance(value, Mapping) else value
+            facts[name] = dict(value) if isinstance(value, Mapping) else value
     return facts, groups
 
 

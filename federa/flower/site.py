@@ -13,15 +13,14 @@ from typing import Any
 
 import numpy as np
 
+from federa.client import train_client
 from federa.config import Config, changed, load_config
 from federa.errors import InputError
 from federa.experiment import Experiment, build
-from federa.flower.codec import pack_update, unpack_state
+from federa.flower.codec import pack_update, unpack_correction, unpack_state
 from federa.flower.parcel import Parcel
 from federa.folder import write_atomic
 from federa.methods import Broadcast
-from federa.partition import Partition
-from federa.rounds import train_in_turn
 
 # Which keys a site decides for itself, in its SuperNode's --node-config: where its data, its model and its device are.
 # What an example is (data.max_length) stays the run's.
@@ -66,11 +65,16 @@ class Site:
             self._key = self._experiment = None  # the old model goes before the new one comes
             self._experiment = self._build(facts, Broadcast.load(file))
             self._key = key
-        experiment = _of_client(self._experiment, client)
-        template = dict(experiment.learner.trainable)
-        state = unpack_state(facts["state"], request.blobs["state"], template)
-        update = next(train_in_turn(experiment, state, facts["round"], [client]))
-        update_facts, content = pack_update(update, state.tensors, facts["wire"])
+        experiment = self._experiment
+        learner, own = experiment.learner, _share_of(experiment, client)
+        state = unpack_state(facts["state"], request.blobs["state"], dict(learner.trainable))
+        learner.load(state.tensors, state.base)
+        packed = request.blobs.get("correction")
+        correction = None if packed is None else unpack_correction(packed)
+        update = train_client(
+            learner, experiment.train, own, client, facts["round"], state.tensors, experiment.config, correction
+        )
+        update_facts, content = pack_update(update, learner.start_of(state.tensors, client), facts["wire"])
         return Parcel({"update": update_facts}, {"update": content})
 
     def _initial_factors(self, digest: str, content: bytes | None) -> Path | None:
@@ -154,10 +158,8 @@ def _labelled_view(path: Path, view: Path, label_names: list[str]) -> str:
     return str(view)
 
 
-def _of_client(experiment: Experiment, client: int) -> Experiment:
-    """In a run over `sites`, client's share is everything that is here."""
-    if experiment.config.partition.scheme != "sites":
-        return experiment
-    nothing, own = np.arange(0), np.arange(len(experiment.train))
-    indices = [own if number == client else nothing for number in range(experiment.config.partition.clients)]
-    return replace(experiment, partition=Partition("sites", "sites: this site's own data", indices))
+def _share_of(experiment: Experiment, client: int) -> np.ndarray:
+    """The indices of a client's examples; in a run over `sites`, of everything that is here."""
+    if experiment.config.partition.scheme == "sites":
+        return np.arange(len(experiment.train))
+    return experiment.clients[client]

@@ -3,22 +3,24 @@
 import hashlib
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from logging import getLogger
 from pathlib import Path
 from typing import Any
 
+import torch
 from flwr.app import Message, MessageType
 from flwr.serverapp import Grid
 
 import federa
+from federa import scaffold
 from federa.checkpoint import State
 from federa.client import ClientUpdate
 from federa.errors import RunError
 from federa.experiment import Experiment
-from federa.flower.codec import pack_state, unpack_update
+from federa.flower.codec import pack_correction, pack_state, unpack_update
 from federa.flower.parcel import Parcel
 from federa.folder import RunFolder, to_json
 
@@ -37,6 +39,7 @@ class _Request:
     node: int
     parcel: Parcel
     sent: int = 0  # bytes
+    since: float = 0.0  # when it was sent
     reply: Parcel | None = None
     problem: str | None = None
     notes: dict[str, Any] = field(default_factory=dict)
@@ -56,12 +59,15 @@ class Sites:
         self.folder = folder
         self._places: dict[int, tuple[int, int]] = {}  # node id -> (partition-id, num-partitions), oldest first
         self._informed: set[int] = set()  # nodes that have the initial factors
+        self._asked: dict[str, tuple[int, float]] = {}  # message id -> (node id, until when it may answer)
+        self._foreign: set[int] = set()  # nodes that are no sites; asked again in the next round
         self._waited = False
 
     def __call__(
         self, experiment: Experiment, state: State, round: int, clients: Sequence[int]
     ) -> Iterator[ClientUpdate]:
         started = time.monotonic()
+        self._foreign.clear()
         if not self._waited:
             self._wait(experiment)
             self._waited = True
@@ -73,7 +79,8 @@ class Sites:
             for request in requests:
                 while request.reply is None and request.problem is None:
                     self._collect(by_message, end, settings.timeout, limit, Path(spool))
-                update = self._update(request, state, settings.wire, Path(spool))
+                start = experiment.learner.start_of(state.tensors, request.client)
+                update = self._update(request, start, settings.wire, Path(spool))
                 if request is requests[-1]:
                     self._record(round, requests, time.monotonic() - started)
                 yield update
@@ -96,6 +103,8 @@ class Sites:
         for client in clients:
             node = homes.get(client, 0)
             blobs = {"state": content} | ({} if node in self._informed else {"init": init})
+            if (change := scaffold.correction(state, client)) is not None:
+                blobs["correction"] = pack_correction(change)
             request = _Request(client, node, Parcel(facts | {"client": client}, blobs))
             if client in homes:
                 self._informed.add(node)
@@ -119,6 +128,7 @@ class Sites:
             message = Message(request.parcel.to_record(), request.node, MessageType.TRAIN, ttl=timeout)
             (ident, *_) = [*self.grid.push_messages([message]), None]
             request.sent += request.parcel.size
+            request.since = request.since or time.monotonic()
             if ident is None:
                 request.problem = "the SuperLink did not take the request for its site"
             else:
@@ -154,11 +164,11 @@ class Sites:
         if by_message:
             time.sleep(_POLL)
 
-    def _update(self, request: _Request, state: State, wire: str, spool: Path) -> ClientUpdate:
+    def _update(self, request: _Request, start: Mapping[str, torch.Tensor], wire: str, spool: Path) -> ClientUpdate:
         if request.problem is None:
             try:
                 file = spool / str(request.client)
-                update = unpack_update(request.reply.facts.get("update"), file.read_bytes(), state.tensors, wire)
+                update = unpack_update(request.reply.facts.get("update"), file.read_bytes(), start, wire)
                 file.unlink()
                 return replace(update, client=request.client, problem=None)
             except (ValueError, TypeError, AttributeError) as error:
@@ -178,7 +188,7 @@ class Sites:
             if missing != before:
                 log.info("waiting for the sites of %s clients: %s", len(missing), _few(missing))
                 before = missing
-            time.sleep(2.0)
+            time.sleep(_POLL)
         if not homes:
             raise RunError(f"sites.wait: no site came within {wait:g} s; start SuperNodes, then `federa resume DIR`")
         if missing:
@@ -187,7 +197,7 @@ class Sites:
     def _homes(self, experiment: Experiment) -> dict[int, int]:
         """client -> node id, of the nodes that are there now; nodes not seen before are asked what they serve."""
         alive = set(self.grid.get_node_ids())
-        self._introduce(sorted(alive - self._places.keys()))
+        self._introduce(alive - self._places.keys())
         homes: dict[int, int] = {}
         clients = len(experiment.clients)
         for node, (site, sites) in self._places.items():
@@ -202,39 +212,29 @@ class Sites:
                 homes[client] = node
         return homes
 
-    def _introduce(self, nodes: list[int]) -> None:
-        asked = {}
-        for node in nodes:
+    def _introduce(self, nodes: set[int]) -> None:
+        """Asks nodes what they serve and takes what answers there are, now or at the next call."""
+        now = time.monotonic()
+        self._asked = {ident: (node, end) for ident, (node, end) in self._asked.items() if now < end}
+        waiting = {node for node, _ in self._asked.values()}
+        for node in sorted(nodes - waiting - self._foreign):
             message = Message(Parcel({}).to_record(), node, MessageType.QUERY, ttl=_INTRODUCTION)
-            asked |= dict.fromkeys(filter(None, self.grid.push_messages([message])), node)
-        end = time.monotonic() + _INTRODUCTION
-        while asked and time.monotonic() < end:
-            for message in self.grid.pull_messages(list(asked)):
-                node = asked.pop(message.metadata.reply_to_message_id, None)
-                if node is None:
-                    continue
-                if message.has_error():
-                    log.warning("node %s: %s", node, message.error.reason)
-                    continue
-                try:
-                    facts = Parcel.from_record(message.content).facts
-                    site, sites = facts["site"], facts["sites"]
-                    if type(site) is not int or type(sites) is not int or not 0 <= site < sites:
-                        raise ValueError(f"site {site!r} of {sites!r}")
-                except (ValueError, KeyError) as error:
-                    log.warning("node %s: is not a site of federa's: %s", node, error)
-                    continue
-                if facts.get("federa") != federa.__version__:
-                    theirs, ours = facts.get("federa"), federa.__version__
-                    log.warning("site %s: has federa %s, the server %s", site, theirs, ours)
-                self._places.pop(node, None)
-                self._places[node] = (site, sites)
-            if asked:
-                time.sleep(_POLL)
+            (ident, *_) = [*self.grid.push_messages([message]), None]
+            if ident is not None:
+                self._asked[ident] = (node, now + _INTRODUCTION)
+        for message in self.grid.pull_messages(list(self._asked)) if self._asked else ():
+            node, _ = self._asked.pop(message.metadata.reply_to_message_id, (None, 0.0))
+            if node is None:
+                continue
+            try:
+                self._places[node] = _place(message)
+            except ValueError as error:
+                log.warning("node %s: is no site of federa's: %s", node, error)
+                self._foreign.add(node)
 
     def _record(self, round: int, requests: list[_Request], seconds: float) -> None:
-        """One line of sites.jsonl: per client its node, bytes as both ends counted them, the site's seconds and loads
-        of the base model, and what went wrong."""
+        """One line of sites.jsonl: per client its node, bytes and seconds as both ends counted them, how often the base
+        model has been loaded there, and what went wrong."""
         clients = []
         for request in requests:
             entry = {"client": request.client, "node": request.node, "sent": request.sent} | request.notes
@@ -242,6 +242,20 @@ class Sites:
             clients.append(entry | {"site": _own_account(facts), "problem": request.problem})
         with open(self.folder.path / "sites.jsonl", "a", encoding="utf-8") as file:
             file.write(to_json({"round": round, "seconds": seconds, "clients": clients}) + "\n")
+
+
+def _place(message: Message) -> tuple[int, int]:
+    """(partition-id, num-partitions) of the node that answers. Raises ValueError for any other answer."""
+    if message.has_error():
+        raise ValueError(f"it answers with the error {' '.join(str(message.error.reason).split())[:300]}")
+    facts = Parcel.from_record(message.content).facts
+    site, sites = facts.get("site"), facts.get("sites")
+    if type(site) is not int or type(sites) is not int or not 0 <= site < sites:
+        raise ValueError(f"it says that it is site {site!r:.30} of {sites!r:.30}")
+    if facts.get("federa") != federa.__version__:
+        theirs, ours = facts.get("federa"), federa.__version__
+        log.warning("site %s: has federa %.30s, the server has %s", site, theirs, ours)
+    return site, sites
 
 
 def _receive(request: _Request, message: Message, limit: int) -> None:
@@ -255,7 +269,7 @@ def _receive(request: _Request, message: Message, limit: int) -> None:
     except ValueError as error:
         request.problem = f"its payload is malformed: {error}"
         return
-    request.notes["received"] = reply.size
+    request.notes |= {"received": reply.size, "seconds": time.monotonic() - request.since}
     if reply.size > limit:
         request.problem = f"its payload is oversized: {reply.size} bytes, at most {limit} are read"
     elif "error" in reply.facts:

@@ -27,8 +27,13 @@ def _identity(monkeypatch, tmp_path):
 
 @pytest.fixture(scope="session")
 def pilot(tiny_config) -> Config:
-    """Three clients, all of them in each of two rounds; every site has all texts and takes its share."""
-    return changed(tiny_config, partition={"clients": 3}, server={"rounds": 2, "clients_per_round": None})
+    """Three clients one by one, all of them in each of two rounds; every site has all texts and takes its share."""
+    return changed(
+        tiny_config,
+        partition={"clients": 3},
+        server={"rounds": 2, "clients_per_round": None},
+        run={"cohort": 1},
+    )
 
 
 @pytest.fixture(scope="session")
