@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load
 
 from federa.checkpoint import State
 from federa.client import ClientUpdate
@@ -69,9 +70,11 @@ TENSORS = {"a.lora_A": torch.randn(3, 5), "b": torch.tensor([1.5]), "count": tor
 @pytest.mark.parametrize("wire", ["float32", "bfloat16"])
 def test_states_and_updates(wire):
     """float32: the same bits. bfloat16: rounded down there, the change rounded up here, other dtypes as they are."""
-    state = State(4, TENSORS, {"v.b": torch.ones(1)}, [1, 2], 99, 1.0, {"round": 3})
+    books = {"server": {"v.b": torch.ones(1)}, "variates": {1: TENSORS}, "seen": {1: 2}, "best": {"round": 3}}
+    state = State(4, TENSORS, **books)
     facts, content = pack_state(state, wire)
-    assert facts == {"round": 4}  # nothing of the server's own
+    assert facts == {"round": 4, "base": {}}  # nothing of the server's own
+    assert {name.split("/")[0] for name in load(content)} == {"tensors"}
     there = unpack_state(facts, content, TENSORS)
     half = (lambda t: t.bfloat16().float() if t.is_floating_point() else t) if wire == "bfloat16" else lambda t: t
     assert there.round == 4 and all(torch.equal(there.tensors[n], half(t)) for n, t in TENSORS.items())
