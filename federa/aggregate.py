@@ -17,6 +17,8 @@ Factors = tuple[torch.Tensor, torch.Tensor]  # left (N, L), right (L, K)
 
 def problem_of(update: ClientUpdate, template: Tensors) -> str | None:
     """Why an update must not be averaged (names, shapes, dtypes, NaN or Inf, no examples), or None if it may."""
+    if update.problem is not None:
+        return update.problem
     if type(update.examples) is not int or not 1 <= update.examples < 2**31:
         return f"examples must be an integer from 1 to 2**31 - 1, got {update.examples!r}"
     for name, tensor in update.tensors.items():

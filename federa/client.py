@@ -24,6 +24,7 @@ class ClientUpdate:
     tensors: Mapping[str, torch.Tensor]
     metrics: Mapping[str, float]
     finite: bool = True
+    problem: str | None = None  # why there is no usable update: a site that did not answer
 
 
 def train_client(

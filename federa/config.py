@@ -28,7 +28,13 @@ Count = Annotated[int, Field(ge=1, le=2**31 - 1)]
 Betas = Annotated[tuple[Fraction, Fraction], Field(strict=False)]  # YAML has lists
 
 
-FREE_KEYS = ("data.cache", "server.min_updates", "server.retries")  # may change between a run's sessions
+FREE_KEYS = (
+    "data.cache",
+    "server.min_updates",
+    "server.retries",
+    "sites.timeout",
+    "sites.wait",
+)  # may change between a run's sessions
 
 
 class Section(BaseModel):
@@ -96,9 +102,10 @@ class PartitionConfig(Section):
     """Who holds what. The scheme's name is part of every result: equal alphas differ between schemes."""
 
     scheme: Literal[
-        "iid", "dirichlet_label", "dirichlet_client", "fednlp", "quantity", "pathological", "natural", "kmeans"
+        "iid", "dirichlet_label", "dirichlet_client", "fednlp", "quantity", "pathological", "natural", "kmeans", "sites"
     ] = "dirichlet_label"
-    clients: Count = 20  # natural: the number of distinct values is used instead
+    # natural: the number of distinct values is used instead; sites: real sites, which hold one client's data each
+    clients: Count = 20
     alpha: Positive = 0.5
     min_size: Count = 2  # examples, reached by repair
     labels_per_client: Count = 2  # pathological
@@ -199,6 +206,14 @@ class RunSection(Section):
     checkpoint_every: Count = 1  # rounds
 
 
+class SitesConfig(Section):
+    """A run over real sites (federa.flower); the simulator sends nothing and reads none of it."""
+
+    timeout: Positive = 3600.0  # seconds that a round waits for its sites
+    wait: NonNegative = 600.0  # seconds that a run waits, before its first round, for sites that are not there
+    wire: Literal["float32", "bfloat16"] = "float32"  # how tensors are sent; float32 gives the simulator's bits
+
+
 class Config(Section):
     """Everything a run depends on."""
 
@@ -214,6 +229,7 @@ class Config(Section):
     failures: FailureConfig = FailureConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     run: RunSection = RunSection()
+    sites: SitesConfig = SitesConfig()
 
     @model_validator(mode="after")
     def _cross_checks(self):
@@ -228,6 +244,9 @@ class Config(Section):
                     f"server.min_updates must be at most the clients of a round = {per_round or clients}, "
                     f"got {self.server.min_updates}"
                 )
+        if self.partition.scheme == "sites" and (self.evaluation.per_client or self.failures.deadline is not None):
+            key = "evaluation.per_client" if self.evaluation.per_client else "failures.deadline"
+            raise ValueError(f"{key} must be off for partition.scheme sites: the server does not see the sites' data")
         if self.partition.scheme == "natural" and self.data.client is None:
             raise ValueError("data.client must name the column of the client for partition.scheme natural, got null")
         check_combinations(self)

@@ -85,6 +85,8 @@ def build(config: Config, broadcast: Broadcast | None = None, device: str | None
     test = task.examples(corpus.test, tokenizer, config.data)
     labels = corpus.train.labels
     chosen, held_out = validation_split(len(labels), config.data.validation, labels, config.seed)
+    if config.partition.scheme == "sites":  # the server's own texts are for choosing; training is the sites' matter
+        chosen, held_out = np.arange(0), np.arange(len(labels))
     train = examples.take(examples.of_rows(chosen))
     pad_id = tokenizer.pad_token_id
     model = load_model(config.model, source, corpus.label_names, pad_id, config.seed, task.auto_class)
@@ -117,6 +119,8 @@ def build(config: Config, broadcast: Broadcast | None = None, device: str | None
 
 def partition_of(config: Config) -> tuple[Corpus, Partition, np.ndarray]:
     """(corpus, partition, counts (clients, labels)) of a configuration, without its model unless kmeans needs it."""
+    if config.partition.scheme == "sites":
+        raise InputError("partition.scheme: sites has its data at real sites, and nothing of them is here to show")
     if config.partition.scheme == "kmeans":
         experiment = build(_cheapest(config))
         corpus, partition, labels = experiment.corpus, experiment.partition, experiment.train.labels

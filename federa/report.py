@@ -234,6 +234,8 @@ def _bar(metric: Metric, value: float) -> str:
 
 def _partition_section(partition: Partition) -> str:
     sizes = [sum(row) for row in partition.counts]
+    if not any(sizes):  # real sites, whose data the server does not see
+        return page.section("Who holds what", f"<p>{escape(partition.convention or partition.scheme)}</p>")
     held = [sum(count > 0 for count in row) for row in partition.counts]
     labels = len(partition.label_names)
     text = f"{sum(sizes):,} examples; a client holds {min(sizes):,} to {max(sizes):,} of them" + (
