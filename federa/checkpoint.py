@@ -22,7 +22,8 @@ FORMAT = 1
 class State:
     """A run after `round` rounds.
 
-    tensors: the global trainable tensors. server: the server optimiser's tensors. seen: ids of the clients that have
+    tensors: the global trainable tensors. server: the server optimiser's tensors. previous: the global tensors one
+    round earlier, for the next round's change of direction (empty before round 1). seen: ids of the clients that have
     had the one-off broadcast. bytes_total: sent so far, both ways. seconds: spent so far. best: the round with the
     best validation accuracy so far and its scores.
     """
@@ -30,6 +31,7 @@ class State:
     round: int
     tensors: dict[str, torch.Tensor]
     server: dict[str, torch.Tensor] = field(default_factory=dict)
+    previous: dict[str, torch.Tensor] = field(default_factory=dict)
     seen: list[int] = field(default_factory=list)
     bytes_total: int = 0
     seconds: float = 0.0
@@ -40,7 +42,7 @@ def save_checkpoint(folder: RunFolder, state: State, digest: str, keep: int = 2)
     """Writes checkpoints/round-NNNNN atomically; keeps the newest `keep` and the best round's."""
     path = folder.checkpoints / f"round-{state.round:05d}"
     temporary = free_folder(path)
-    groups = {"global": state.tensors, "server": state.server}
+    groups = {"global": state.tensors, "server": state.server, "previous": state.previous}
     content = save({f"{group}/{name}": t.cpu().contiguous() for group, ts in groups.items() for name, t in ts.items()})
     (temporary / "state.safetensors").write_bytes(content)
     facts = {name: getattr(state, name) for name in ("round", "seen", "bytes_total", "seconds", "best")}
@@ -81,6 +83,7 @@ def load_checkpoint(folder: RunFolder, round: int, digest: str, template: dict[s
             round=round,
             tensors={name.removeprefix("global/"): t for name, t in tensors.items() if name.startswith("global/")},
             server={name.removeprefix("server/"): t for name, t in tensors.items() if name.startswith("server/")},
+            previous={name.removeprefix("previous/"): t for name, t in tensors.items() if name.startswith("previous/")},
             **{name: facts[name] for name in ("seen", "bytes_total", "seconds", "best")},
         )
     except (OSError, AttributeError, KeyError, TypeError, SafetensorError) as error:

@@ -118,14 +118,45 @@ def partition(
 
 
 @app.command()
+def study(
+    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file; see examples/studies/.")],
+    set: Set = None,
+    output: Output = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Try every cell with small random models.")] = False,
+    budget: Annotated[
+        float | None,
+        typer.Option(metavar="MINUTES", min=0, help="Ask, or stop, before a study predicted to take more."),
+    ] = None,
+) -> None:
+    """Compare methods on a grid of data, heterogeneity and seeds, each with its own learning rate."""
+    from federa.study import dry_run as try_out
+    from federa.study import run_study
+    from federa.study.progress import StudyProgress
+
+    with StudyProgress(console) as watch:
+        if dry_run:
+            path = try_out(config, output, overrides=set or [], watch=watch)
+        else:
+            folder = output or Path("runs") / config.stem
+            confirm = watch.confirm if console.is_terminal else None
+            path = run_study(config, folder, overrides=set or [], budget=budget, confirm=confirm, watch=watch)
+    console.print(f"study    {path}", soft_wrap=True, markup=False, highlight=False)
+
+
+@app.command()
 def report(
-    directories: Annotated[list[Path], typer.Argument(metavar="DIR...", help="One run, or several to compare.")],
+    directories: Annotated[list[Path], typer.Argument(metavar="DIR...", help="A run or a study, or runs to compare.")],
     output: Annotated[Path, typer.Option(metavar="HTML", help="Of a comparison.")] = Path("comparison.html"),
 ) -> None:
-    """Write a run's report.html again, or compare several runs on one page."""
+    """Write a run's report.html or a study's study.html again, or compare several runs on one page."""
     from federa.folder import RunFolder
     from federa.report import write_comparison, write_report
+    from federa.study.report import is_study, write_study
 
+    if len(directories) == 1 and is_study(directories[0]):
+        with _writing(directories[0] / "study.html"):
+            write_study(directories[0])
+        return
     folders = [RunFolder.open(directory).path for directory in directories]
     path = folders[0] / "report.html" if len(folders) == 1 else output
     with _writing(path):

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import time
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,7 +24,8 @@ class Experiment:
     """Data, partition and model of a run.
 
     clients: per client the indices of its examples in `train`; test_clients: the same for `test`, shared out as the
-    training data are (None unless evaluation.per_client).
+    training data are (None unless evaluation.per_client). adapt_seconds: what making the model trainable took, the SVDs
+    of federa among it.
     """
 
     config: Config
@@ -35,6 +37,7 @@ class Experiment:
     test: Examples
     partition: Partition
     test_clients: list[np.ndarray] | None
+    adapt_seconds: float = 0.0
 
     @property
     def clients(self) -> list[np.ndarray]:
@@ -91,12 +94,15 @@ def build(config: Config, broadcast: Broadcast | None = None, device: str | None
     if config.evaluation.per_client:
         rng = generator(config.seed, Purpose.EVALUATION)
         test_clients = partition_like(partition.indices, train.labels, test.labels, rng)
+    started = time.perf_counter()
     learner = make_trainable(model, config.method, config.seed, device, broadcast)
+    adapted = time.perf_counter() - started
     server, clients = config.server, len(partition.indices)
     for key, needed in (("clients_per_round", server.clients_per_round or 1), ("min_updates", server.min_updates)):
         if needed > clients:
             raise InputError(f"server.{key} must be at most the number of clients = {clients}, got {needed}")
-    return Experiment(config, corpus, source, learner, train, examples.take(held_out), test, partition, test_clients)
+    held_out = examples.take(held_out)
+    return Experiment(config, corpus, source, learner, train, held_out, test, partition, test_clients, adapted)
 
 
 def partition_of(config: Config) -> tuple[Corpus, Partition, np.ndarray]:

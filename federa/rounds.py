@@ -16,6 +16,7 @@ from federa.experiment import Experiment
 from federa.folder import RunFolder
 from federa.randomness import Purpose, generator
 from federa.tasks import client_scores, predict, score
+from federa.variation import update_geometry
 
 Watch = Callable[[str, dict[str, Any]], None]
 # (experiment, state before the round, round, clients in id order) -> their updates, in that order
@@ -88,7 +89,8 @@ def _run_round(experiment: Experiment, state: State, watch: Watch, train: Train)
     trained = time.perf_counter()
     current = state.tensors
     tensors, server = server_step(config.server, current, attempt.mean.result(current), state.server)
-    state = replace(state, round=round, tensors=tensors, server=server)
+    previous = state.previous
+    state = replace(state, round=round, tensors=tensors, server=server, previous=dict(current))
     aggregated = time.perf_counter()
     record = {
         "round": round,
@@ -112,6 +114,7 @@ def _run_round(experiment: Experiment, state: State, watch: Watch, train: Train)
         "aggregate": aggregated - trained,
         "evaluate": evaluated - aggregated,
     }
+    record["update"] = update_geometry(experiment.learner, previous, current, state.tensors)
     state.seconds += evaluated - started
     return state, record
 

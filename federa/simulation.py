@@ -158,7 +158,8 @@ def _begin(experiment: Experiment, folder: RunFolder) -> State:
     """Writes what is known before the first round; init.safetensors last, so that it stands for all of it."""
     learner = experiment.learner
     folder.write_config(experiment.config)
-    folder.write_json(folder.environment_file.name, environment(str(learner.device), torch.get_num_threads()))
+    facts = environment(str(learner.device), torch.get_num_threads()) | {"adapt_seconds": experiment.adapt_seconds}
+    folder.write_json(folder.environment_file.name, facts)
     labels, partition = experiment.corpus.label_names, experiment.partition
     counts = label_counts(partition.indices, experiment.train.labels, len(labels))
     facts = {"scheme": partition.scheme, "convention": partition.convention, "label_names": labels}

@@ -1,0 +1,66 @@
+"""How far and whither a round moves the weights that the model computes with, in whatever parameters it trains."""
+
+import math
+from collections.abc import Mapping
+
+import torch
+
+from federa.methods import Learner, adapted_layers
+
+Tensors = Mapping[str, torch.Tensor]
+Product = tuple[torch.Tensor, torch.Tensor]
+
+DEFINITION = (
+    "U_t is the change that round t makes to the weights which the model computes with: s(B_t A_t − B_{t−1} A_{t−1}) "
+    "of every adapted layer, w_t − w_{t−1} of every other trained tensor of the backbone; the task head counts only "
+    "where nothing else trains. Magnitude variation: | ‖U_t‖ / ‖U_{t−1}‖ − 1 |. Direction variation: "
+    "1 − cos(U_t, U_{t−1}), 0 for the same direction, 1 for a right angle, 2 for a reversal. ‖·‖ and cos are "
+    "Frobenius, over all weights together. A falling learning rate shrinks U_t, so only runs of one schedule compare."
+)
+
+
+def update_geometry(
+    learner: Learner, previous: Tensors, current: Tensors, following: Tensors
+) -> dict[str, float | None]:
+    """{"norm": ‖U_t‖, "cosine": cos(U_t, U_{t-1})} with U_t as in DEFINITION, from the global tensors of rounds t - 2
+    (empty before round 2), t - 1 and t. The cosine is None where there is no earlier update or one of them is zero."""
+    now, before = _changes(learner, current, following), _changes(learner, previous, current) if previous else {}
+    square = _inner(now, now)
+    scale = math.sqrt(square * _inner(before, before))
+    return {"norm": math.sqrt(square), "cosine": _inner(now, before) / scale if scale > 0 else None}
+
+
+def _changes(learner: Learner, before: Tensors, after: Tensors) -> dict[str, tuple]:
+    """What it takes to form each weight's change: name -> (scaling, B, B', A, A') of a layer or (w, w') of a tensor."""
+    layers = adapted_layers(learner.model)
+    names = [name for name in after if name not in learner.head] or list(after)
+    changes: dict[str, tuple] = {}
+    for name in names:
+        layer, _, factor = name.rpartition(".")
+        if factor in ("lora_A", "lora_B") and layer in layers:
+            factors = [(f"{layer}.lora_{one}", getattr(layers[layer], f"lora_{one}").detach().cpu()) for one in "BA"]
+            pairs = [state.get(key, frozen) for key, frozen in factors for state in (before, after)]
+            changes[layer] = (layers[layer].scaling, *pairs)
+        else:
+            changes[name] = (before[name], after[name])
+    return changes
+
+
+def _product(change: tuple) -> Product:
+    """A change as left (N, R') @ right (R', K) in float64, formed without the cancellation of two large products:
+    s (B' A' - B A) = s [B' - B, B] [A'; A' - A]."""
+    if len(change) == 2:
+        before, after = (tensor.double() for tensor in change)
+        return (after - before).reshape(-1, 1), torch.ones(1, 1, dtype=torch.float64)
+    scaling, (B, B_after, A, A_after) = change[0], (tensor.double() for tensor in change[1:])
+    return scaling * torch.cat([B_after - B, B], dim=1), torch.cat([A_after, A_after - A])
+
+
+def _inner(one: Mapping[str, tuple], other: Mapping[str, tuple]) -> float:
+    """sum over weights of <L R, L' R'> = sum((L^T L') * (R R'^T)); exact over weights, whose order is no matter."""
+    terms = []
+    for name in one.keys() & other.keys():
+        left, right = _product(one[name])
+        left_, right_ = (left, right) if one is other else _product(other[name])
+        terms.append(float(((left.T @ left_) * (right @ right_.T)).sum()))
+    return max(math.fsum(terms), 0.0) if one is other else math.fsum(terms)
