@@ -22,20 +22,20 @@ FORMAT = 1
 class State:
     """A run after `round` rounds.
 
-    tensors: the global trainable tensors. server: the server optimiser's tensors. previous: the global tensors one
-    round earlier, for the next round's change of direction (empty before round 1). seen: ids of the clients that have
+    tensors: the global trainable tensors. server: the server optimiser's tensors. seen: ids of the clients that have
     had the one-off broadcast. bytes_total: sent so far, both ways. seconds: spent so far. best: the round with the
-    best validation accuracy so far and its scores.
+    best validation accuracy so far and its scores. previous: the global tensors one round earlier, which the next
+    round's change of direction is measured by (empty before round 1).
     """
 
     round: int
     tensors: dict[str, torch.Tensor]
     server: dict[str, torch.Tensor] = field(default_factory=dict)
-    previous: dict[str, torch.Tensor] = field(default_factory=dict)
     seen: list[int] = field(default_factory=list)
     bytes_total: int = 0
     seconds: float = 0.0
     best: dict[str, Any] | None = None
+    previous: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
 def save_checkpoint(folder: RunFolder, state: State, digest: str, keep: int = 2) -> None:

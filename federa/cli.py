@@ -135,7 +135,7 @@ def study(
 
     with StudyProgress(console) as watch:
         if dry_run:
-            path = try_out(config, output, overrides=set or [], watch=watch)
+            path = try_out(config, output or Path("runs") / f"{config.stem}-dry-run", overrides=set or [], watch=watch)
         else:
             folder = output or Path("runs") / config.stem
             confirm = watch.confirm if console.is_terminal else None

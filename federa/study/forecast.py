@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from federa import simulation
 from federa.client import local_steps
 from federa.config import Config, changed
 from federa.errors import InputError, RunError
+from federa.experiment import build
 from federa.folder import RunFolder, to_json, write_atomic
 from federa.rounds import Watch, evaluate_round
 from federa.study.grid import Kind
@@ -58,6 +60,7 @@ class Forecast:
     """The costs of a study's kinds, kept in its folder."""
 
     def __init__(self, folder: Path):
+        self.warm: set[tuple[str, str]] = set()
         self.file = folder / "warmup.json"
         self.costs: dict[str, Cost] = {}
         if self.file.is_file():
@@ -75,6 +78,9 @@ class Forecast:
 
     def measure(self, kind: Kind, runs: Sequence[tuple[Config, Path]], watch: Watch) -> None:
         """Trains the first rounds of the first of `runs` that has any left, and keeps what they took."""
+        if runs and kind[:2] not in self.warm:  # untimed: imports libraries, fills the cache of tokens
+            self.warm.add(kind[:2])
+            build(runs[0][0])
         for config, path in runs:
             if (cost := _measure(config, path, watch)) is not None:
                 self.costs[str(kind)] = cost
@@ -103,10 +109,8 @@ def _measure(config: Config, path: Path, watch: Watch) -> Cost | None:
             if len(records) == ROUNDS:
                 raise _Measured
 
-    try:
+    with suppress(_Measured, RunError):
         simulation.run(config, path, watch=listen)
-    except (_Measured, RunError):
-        pass
     if not records:
         return None
     seconds = records[-1]["seconds"]

@@ -20,6 +20,7 @@ Alphas = Annotated[list[Positive], Field(min_length=1)]
 Rates = Annotated[list[Annotated[float, Field(ge=0, allow_inf_nan=False)]], Field(min_length=1)]
 Over = dict[str, Rates]  # dotted key of a run's configuration -> the values to try
 Baseline = Literal["pooled", "local", "head-only", "linear-probe"]
+ONLY = "base"  # the name of the model where a study names none
 Point = tuple[tuple[str, float], ...]  # a value for every swept key
 
 
@@ -38,7 +39,7 @@ class ModelEntry(Entry):
 
 
 class DatasetEntry(Entry):
-    metric: str = "accuracy"  # a score of its task, higher is better: accuracy, macro_f1, ...
+    metric: str | None = None  # a score in 0..1 of its task, higher is better: macro_f1, ...; None: the task's own
     target: Annotated[float, Field(gt=0, le=1)] | None = None  # on validation; None: the study's
     alphas: Alphas | None = None  # None: the study's
     methods: Annotated[list[Name], Field(min_length=1)] | None = None  # None: all
@@ -52,7 +53,7 @@ class MethodEntry(Entry):
 class Sweep(Section):
     """The values tried for every method on every dataset; the mean validation score over alphas and seeds decides."""
 
-    over: Over = {}
+    over: Over = Field(default_factory=dict)
     alphas: Alphas | None = None  # None: the middle one of the dataset's
     seeds: Seeds | None = None  # None: the first one of the grid
     rounds: Count | None = None  # None: as many as the grid's runs
@@ -61,21 +62,20 @@ class Sweep(Section):
 class StudyConfig(Section):
     """A base run, what varies, and what is asked of it."""
 
-    base: dict[str, Any] = {}
-    models: dict[Name, ModelEntry] = {"base": ModelEntry()}
+    base: dict[str, Any] = Field(default_factory=dict)
+    models: Annotated[dict[Name, ModelEntry], Field(min_length=1)] = Field(default_factory=lambda: {ONLY: ModelEntry()})
     datasets: Annotated[dict[Name, DatasetEntry], Field(min_length=1)]
     methods: Annotated[dict[Name, MethodEntry], Field(min_length=1)]  # the first is what the others are compared with
     alphas: Alphas
     seeds: Seeds
     sweep: Sweep = Sweep()
     target: Annotated[float, Field(gt=0, le=1)] | None = None
-    baselines: list[Baseline] = ["pooled", "local"]  # of the first method and seed; pooled at the first alpha alone
+    # of the first method and seed; those that no alpha changes at the first alone
+    baselines: list[Baseline] = Field(default_factory=lambda: ["pooled", "local"])
     budget: Positive | None = None  # minutes that the study may be predicted to take
 
     @model_validator(mode="after")
     def _cross_checks(self):
-        if not self.models:
-            raise ValueError("models must name at least one, got none; leave it out to use the base's")
         for name, dataset in self.datasets.items():
             if unknown := [method for method in dataset.methods or () if method not in self.methods]:
                 raise ValueError(f"datasets.{name}.methods must be among {', '.join(self.methods)}, got {unknown[0]}")
@@ -156,8 +156,9 @@ class Study:
         own = self.config.datasets[dataset].target
         return self.config.target if own is None else own
 
-    def metric(self, dataset: str) -> str:
-        return self.config.datasets[dataset].metric
+    def metric(self, dataset: str, result: Mapping[str, Any]) -> str:
+        """What a finished run is judged by: the dataset's metric, else the one that its result names."""
+        return self.config.datasets[dataset].metric or result.get("metric", "accuracy")
 
     def over(self, kind: Kind) -> Over:
         own = self.config.methods[kind.method].sweep
@@ -196,12 +197,12 @@ class Study:
         entries = (config.models[cell.kind.model], config.datasets[cell.kind.dataset], config.methods[cell.kind.method])
         values: dict[str, Any] = {}
         for layer in (config.base, *(entry.sections for entry in entries)):
-            values = _merged(values, layer)
-        values = _merged(values, {"seed": cell.seed, "partition": {"alpha": cell.alpha}})
+            values = laid_over(values, layer)
+        values = laid_over(values, {"seed": cell.seed, "partition": {"alpha": cell.alpha}})
         for key, value in cell.point:
-            values = _merged(values, _nested(key.split("."), value))
+            values = laid_over(values, _nested(key.split("."), value))
         if cell.rounds is not None:
-            values = _merged(values, {"server": {"rounds": cell.rounds}})
+            values = laid_over(values, {"server": {"rounds": cell.rounds}})
         try:
             resolved = anchored(load_config(values))
         except InputError as error:
@@ -248,14 +249,10 @@ def load_study(source: str | Path | Mapping[str, Any], overrides: Sequence[str] 
         study = Study(StudyConfig.model_validate(read_values(source, overrides)))
     except ValidationError as error:
         first = error.errors()[0]
-        key = ".".join(map(str, first["loc"])) or "it"
-        message = first["msg"].removeprefix("Value error, ").replace("Input should", "must")
-        where = (
-            ""
-            if message.split(" ")[0].startswith(("models", "datasets", "methods", "sweep", "seeds", "alphas"))
-            else f"{key}: "
-        )
-        raise InputError(f"study: {where}{message}, got {str(first['input'])[:60]}") from None
+        message = first["msg"].replace("Input should", "must")
+        if not message.startswith("Value error, "):
+            message = f"{'.'.join(map(str, first['loc'])) or 'it'}: {message}, got {str(first['input'])[:60]}"
+        raise InputError(f"study: {message.removeprefix('Value error, ')}") from None
     for cell in study.possible_cells():
         study.run_config(cell)
     return study
@@ -275,13 +272,13 @@ def _mean(values: Sequence[float | None]) -> float | None:
     return math.fsum(known) / len(known) if values and len(known) == len(values) else None
 
 
-def _merged(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+def laid_over(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
     """`values` with `changes` laid over it, mapping by mapping."""
-    merged = dict(values)
+    result = dict(values)
     for key, value in changes.items():
-        both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
-        merged[key] = _merged(merged[key], value) if both else value
-    return merged
+        both = isinstance(value, Mapping) and isinstance(result.get(key), Mapping)
+        result[key] = laid_over(result[key], value) if both else value
+    return result
 
 
 def _nested(keys: Sequence[str], value: Any) -> Any:

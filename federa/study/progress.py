@@ -44,6 +44,12 @@ class StudyProgress:
     def _warm_up(self, facts: dict[str, Any]) -> None:
         self._say(f"warm-up  {facts['name']}")
 
+    def _build(self, facts: dict[str, Any]) -> None:
+        done = {"total": facts["of"], "completed": facts["position"]}
+        self.bars.update(self.units, description="cells built", visible=True, **done)
+        if facts["position"] == facts["of"]:
+            self._say(f"built    {facts['of']} cells")
+
     def _plan(self, facts: dict[str, Any]) -> None:
         done = facts["of"] - facts["units"]
         read = f", {done} are finished and only read" if done else ""

@@ -8,7 +8,7 @@ from federa import page
 from federa.figures import Level, Line, draw_accuracy, draw_loss, run_style
 from federa.folder import write_atomic
 from federa.page import duration, escape, megabytes, number, percent
-from federa.study.grid import Kind, point_text
+from federa.study.grid import ONLY, Kind, point_text
 from federa.study.results import (
     CONFIDENCE,
     Estimate,
@@ -40,7 +40,7 @@ class Setting(NamedTuple):
 
     @property
     def place(self) -> str:
-        return self.dataset if self.model == "base" else f"{self.dataset}, {self.model}"
+        return self.dataset if self.model == ONLY else f"{self.dataset}, {self.model}"
 
 
 def is_study(path: str | Path) -> bool:
@@ -60,11 +60,12 @@ def write_study(path: str | Path) -> Path:
 def study_page(results: Results) -> str:
     finished = sum(row.facts["state"] == "finished" for row in results.rows)
     state = "" if len(results.rows) == results.cells else f", {len(results.rows)} of {results.cells} runs done"
-    methods = " against ".join([next(iter(results.study.config.methods)), *_rivals(results)[:1]])
-    more = f" and {len(_rivals(results)) - 1} more" if len(_rivals(results)) > 1 else ""
+    reference, rivals = next(iter(results.study.config.methods)), _rivals(results)
+    shown = ", ".join(rivals[:4]) + (f" and {len(rivals) - 4} more" if len(rivals) > 4 else "")
+    title = f"{reference} against {shown}" if rivals else reference
     body = [
         f'<header><p class="over">Federated fine-tuning, a study{state}</p>',
-        f"<h1>{escape(methods + more)}</h1>",
+        f"<h1>{escape(title)}</h1>",
         f'<p class="lead">{escape(_outcome(results))}</p></header>',
         page.facts(_facts(results).items()),
     ]
@@ -133,7 +134,8 @@ def _outcome(results: Results) -> str:
         lead = _mean(results, own, setting.alpha).mean - means[best]
         leads += lead > 0
         if lead <= 0:
-            behind.append(f"{setting.title} ({best} by {100 * -lead:.1f} points)")
+            by = f"{best} by {100 * -lead:.1f} points" if lead <= -5e-4 else f"level with {best}"
+            behind.append(f"{setting.title} ({by})")
         difference = paired(results.of(own, setting.alpha), results.of(kinds[best], setting.alpha))
         if difference and difference.low is not None and difference.high is not None:
             above, below = above + (difference.low > 0), below + (difference.high < 0)
@@ -203,7 +205,7 @@ def _scores(results: Results) -> str:
                 (f"{setting.alpha:g}", escape(name), page.bar(score), "", "", "", escape(note))
                 for name, score, note in _yardsticks(results, setting)
             ]
-        metric = results.study.metric(settings[0].dataset)
+        metric = results.metric(settings[0].dataset)
         interval = f"{percent(CONFIDENCE, 0)} interval"
         columns = ("Alpha", "Method", f"Test {escape(metric)}", "Spread", interval, "Worst client", "Seeds")
         parts.append(f"<h3>{escape(place)}</h3>" + page.table(columns, rows, numeric=(0, 3, 4, 5)))
@@ -224,7 +226,7 @@ def _by_place(results: Results) -> list[tuple[str, list[Setting]]]:
 
 def _yardsticks(results: Results, setting: Setting) -> list[tuple[str, float, str]]:
     """(name, test score, note) of a setting's baselines; one that does not depend on alpha stands in all."""
-    metric, found = results.study.metric(setting.dataset), []
+    metric, found = results.metric(setting.dataset), []
     for (model, dataset, name, alpha), row in results.baselines.items():
         if (model, dataset) == setting[:2] and row.get(metric) is not None:
             own = [a for m, d, n, a in results.baselines if (m, d, n) == (model, dataset, name)]
@@ -248,7 +250,7 @@ def _differences(results: Results) -> str:
     if not rows:
         return "<p>Nothing to compare yet.</p>"
     note = (
-        f"Points of test score, seed by seed: both methods of a pair have the same data, partition and sampled clients. "
+        "Points of test score, seed by seed: both methods of a pair have the same data, partition and sampled clients. "
         f"{percent(CONFIDENCE, 0)} Student's t interval of the mean difference over {len(results.study.config.seeds)} "
         "seeds. Several comparisons stand side by side, and no interval is widened for it."
     )
@@ -274,7 +276,7 @@ def _against_alpha(results: Results) -> str:
             clipped = [[min(max(end, 0), 1) for end in ends] for ends in bounds]
             lines.append(Line(kind.method, x, y, *_style(results, kind), *clipped))
         levels = _levels(results, settings[-1])
-        metric = results.study.metric(settings[0].dataset)
+        metric = results.metric(settings[0].dataset)
         picture = draw_accuracy(
             lines, "alpha, more alike clients to the right", f"{place}: test {metric}", levels, alphas
         )
@@ -296,7 +298,7 @@ def _curves(results: Results) -> str:
     pictures = []
     settings = _settings(results)
     for setting in settings[:FIGURES]:
-        metric = results.study.metric(setting.dataset)
+        metric = results.metric(setting.dataset)
         lines = [
             line
             for kind in _kinds(results, setting)
@@ -312,8 +314,8 @@ def _curves(results: Results) -> str:
     left_out = (
         f" The first {FIGURES} of {len(settings)} settings; study.csv holds all." if len(settings) > FIGURES else ""
     )
-    note = f"Means over seeds; bands reach from the lowest to the highest seed. Thin lines: yardsticks, on the test set.{left_out}"
-    return page.figures(pictures) + f'<p class="note">{note}</p>'
+    note = "Means over seeds; bands reach from the lowest to the highest seed. Thin lines: yardsticks, on the test set."
+    return page.figures(pictures) + f'<p class="note">{note}{left_out}</p>'
 
 
 def _mean_line(results: Results, kind: Kind, alpha: float, curves: Sequence) -> Line | None:

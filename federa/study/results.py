@@ -63,6 +63,11 @@ class Results(NamedTuple):
         rows = [row for row in self.rows if row.cell.kind == kind and row.facts["state"] == "finished"]
         return [row for row in rows if alpha is None or row.cell.alpha == alpha]
 
+    def metric(self, dataset: str) -> str:
+        """What the dataset's runs are judged by."""
+        known = (row.facts["metric"] for row in self.rows if row.cell.kind.dataset == dataset)
+        return next((metric for metric in known if metric), "score")
+
 
 def estimate(values: Iterable[float | None]) -> Estimate | None:
     """mean -+ t_{(1 + CONFIDENCE) / 2, n - 1} s / sqrt(n) with s the sample deviation; None without values."""
@@ -116,14 +121,15 @@ def _ended(path: Path) -> bool:
 def read_row(study: Study, cell: Cell, path: Path) -> Row:
     """A finished or failed cell's row."""
     files, config = RunFolder(path), study.run_config(cell)
-    metric, target = study.metric(cell.kind.dataset), study.target(cell.kind.dataset)
+    target = study.target(cell.kind.dataset)
     facts: dict[str, Any] = dict.fromkeys((*FACTS, *SECONDS))
-    facts |= cell.kind._asdict() | {"alpha": cell.alpha, "seed": cell.seed, "metric": metric, "target": target}
+    facts |= cell.kind._asdict() | {"alpha": cell.alpha, "seed": cell.seed, "target": target}
     facts["swept"] = " ".join(f"{key}={value:.10g}" for key, value in cell.point)
     result = files.result()
     if result is None:
         facts["state"] = "failed"
         return Row(cell, config, facts, {}, {}, None, {})
+    metric = study.metric(cell.kind.dataset, result)
     records = files.metrics()
     scored = {record["round"]: record["validation"] for record in records if record["validation"]}
     validation = {round: score_of(scores, metric, path) for round, scores in scored.items()}
@@ -134,6 +140,7 @@ def read_row(study: Study, cell: Cell, path: Path) -> Row:
     environment = files.read_json(files.environment_file) if files.environment_file.is_file() else {}
     facts |= {
         "state": "finished",
+        "metric": metric,
         "rounds": result["rounds"],
         "test": score_of(result["test"], metric, path),
         "validation": score_of(result["validation"], metric, path),
@@ -207,13 +214,12 @@ def study_csv(results: Results) -> str:
 
 def sweep_csv(results: Results) -> str:
     """One line a kind and point tried: its mean validation score, and whether it was chosen."""
-    columns = (*Kind._fields, "swept", "metric", "validation", "chosen")
+    columns = (*Kind._fields, "swept", "validation", "chosen")
     lines = []
     for kind, choice in results.choices.items():
         for point, score in choice.tried:
             swept = " ".join(f"{key}={value:.10g}" for key, value in point)
-            metric = results.study.metric(kind.dataset)
-            lines.append([*kind, swept, metric, score, int(point == choice.point)])
+            lines.append([*kind, swept, score, int(point == choice.point)])
     return _csv(columns, lines)
 
 

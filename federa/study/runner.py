@@ -111,7 +111,6 @@ def run_study(
 def choose(study: Study, folder: StudyFolder, kind: Kind) -> Choice:
     """The kind's point by the validation scores of its sweep's runs after their last rounds. InputError if one is
     still to be run."""
-    metric = study.metric(kind.dataset)
     scores: dict[Cell, float | None] = {}
     for cell in study.sweep(kind):
         run = RunFolder(folder.run(cell))
@@ -120,7 +119,7 @@ def choose(study: Study, folder: StudyFolder, kind: Kind) -> Choice:
         elif (result := run.result()) is None:
             raise InputError(f"{run.path}: must hold a finished run of the sweep, got none; run the study to its end")
         else:
-            scores[cell] = score_of(result["validation"], metric, run.path)
+            scores[cell] = score_of(result["validation"], study.metric(kind.dataset, result), run.path)
     return study.choose(kind, scores)
 
 
