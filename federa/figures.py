@@ -86,15 +86,10 @@ def draw_accuracy(
     return _draw_lines(lines, levels, (low, high), xlabel, title, "{:.1f}", ticks)
 
 
-def draw_loss(lines: Sequence[Line], xlabel: str, title: str, number: str = "{:.3f}") -> bytes:
-    """Losses, or other amounts, as lines from 0; what is not finite leaves a gap."""
-    finite = [y for line in lines for ys in (line.y, line.high or ()) for y in ys if math.isfinite(y)]
-    return _draw_lines(lines, [], (0, 1.08 * max(finite, default=1) or 1), xlabel, title, number)
-
-
-def _in_percent(line: Line) -> Line:
-    low, high = ([100 * y for y in ys] if ys else None for ys in (line.low, line.high))
-    return line._replace(y=[100 * y for y in line.y], low=low, high=high)
+def draw_loss(lines: Sequence[Line], xlabel: str, title: str) -> bytes:
+    """Losses as lines from 0; what is not finite leaves a gap."""
+    finite = [y for line in lines for y in line.y if math.isfinite(y)]
+    return _draw_lines(lines, [], (0, 1.08 * max(finite, default=1) or 1), xlabel, title, "{:.3f}")
 
 
 def draw_partition(
@@ -164,6 +159,17 @@ def draw_partition(
         if heading:
             figure.suptitle("\n".join(heading), x=0.01, ha="left", fontsize=9.5, parse_math=False)
         return _png(figure)
+
+
+def draw_amounts(lines: Sequence[Line], xlabel: str, title: str) -> bytes:
+    """Amounts as lines from 0, with their bands."""
+    values = [y for line in lines for ys in (line.y, line.high or ()) for y in ys]
+    return _draw_lines(lines, [], (0, 1.08 * max(values) or 1), xlabel, title, "{:.2f}")
+
+
+def _in_percent(line: Line) -> Line:
+    low, high = ([100 * y for y in ys] if ys else None for ys in (line.low, line.high))
+    return line._replace(y=[100 * y for y in line.y], low=low, high=high)
 
 
 def _draw_lines(

@@ -23,7 +23,8 @@ def update_geometry(
     learner: Learner, previous: Tensors, current: Tensors, following: Tensors
 ) -> dict[str, float | None]:
     """{"norm": ‖U_t‖, "cosine": cos(U_t, U_{t-1})} with U_t as in DEFINITION, from the global tensors of rounds t - 2
-    (empty before round 2), t - 1 and t. The cosine is None where there is no earlier update or one of them is zero."""
+    (empty before round 2), t - 1 and t, and the frozen weights "LAYER.residual" among them where a round moves these.
+    The cosine is None where there is no earlier update or one of them is zero."""
     now, before = _changes(learner, current, following), _changes(learner, previous, current) if previous else {}
     square = _inner(now, now)
     scale = math.sqrt(square * _inner(before, before))
@@ -31,15 +32,17 @@ def update_geometry(
 
 
 def _changes(learner: Learner, before: Tensors, after: Tensors) -> dict[str, tuple]:
-    """What it takes to form each weight's change: name -> (scaling, B, B', A, A') of a layer or (w, w') of a tensor."""
+    """What it takes to form each weight's change: name -> (before, after) of a tensor, (scaling, B before, B after,
+    A before, A after) of an adapted layer, and its frozen weight before and after besides where that moves."""
     layers = adapted_layers(learner.model)
     names = [name for name in after if name not in learner.head] or list(after)
     changes: dict[str, tuple] = {}
     for name in names:
-        layer, _, factor = name.rpartition(".")
-        if factor in ("lora_A", "lora_B") and layer in layers:
-            factors = [(f"{layer}.lora_{one}", getattr(layers[layer], f"lora_{one}").detach().cpu()) for one in "BA"]
-            pairs = [state.get(key, frozen) for key, frozen in factors for state in (before, after)]
+        layer, _, leaf = name.rpartition(".")
+        if leaf in ("lora_A", "lora_B", "residual") and layer in layers:
+            moving = [leaf for leaf in ("residual",) if f"{layer}.{leaf}" in after]
+            parts = [(f"{layer}.{leaf}", getattr(layers[layer], leaf)) for leaf in ("lora_B", "lora_A", *moving)]
+            pairs = [state.get(key, frozen.detach().cpu()) for key, frozen in parts for state in (before, after)]
             changes[layer] = (layers[layer].scaling, *pairs)
         else:
             changes[name] = (before[name], after[name])
@@ -48,12 +51,17 @@ def _changes(learner: Learner, before: Tensors, after: Tensors) -> dict[str, tup
 
 def _product(change: tuple) -> Product:
     """A change as left (N, R') @ right (R', K) in float64, formed without the cancellation of two large products:
-    s (B' A' - B A) = s [B' - B, B] [A'; A' - A]."""
+    s (B' A' - B A) = s [B' - B, B] [A'; A' - A]. What is dense becomes one column."""
     if len(change) == 2:
         before, after = (tensor.double() for tensor in change)
-        return (after - before).reshape(-1, 1), torch.ones(1, 1, dtype=torch.float64)
-    scaling, (B, B_after, A, A_after) = change[0], (tensor.double() for tensor in change[1:])
-    return scaling * torch.cat([B_after - B, B], dim=1), torch.cat([A_after, A_after - A])
+        return _column(after - before)
+    scaling, (B, B_after, A, A_after, *moved) = change[0], (tensor.double() for tensor in change[1:])
+    left, right = scaling * torch.cat([B_after - B, B], dim=1), torch.cat([A_after, A_after - A])
+    return _column(moved[1] - moved[0] + left @ right) if moved else (left, right)
+
+
+def _column(dense: torch.Tensor) -> Product:
+    return dense.reshape(-1, 1), torch.ones(1, 1, dtype=torch.float64)
 
 
 def _inner(one: Mapping[str, tuple], other: Mapping[str, tuple]) -> float:

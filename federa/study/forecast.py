@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from federa import simulation
+from federa.checkpoint import State
 from federa.client import local_steps
 from federa.config import Config, changed
 from federa.errors import InputError, RunError
@@ -60,7 +61,7 @@ class Forecast:
     """The costs of a study's kinds, kept in its folder."""
 
     def __init__(self, folder: Path):
-        self.warm: set[tuple[str, str]] = set()
+        self.warm: set[tuple[str, str]] = set()  # models and data that this process has built before
         self.file = folder / "warmup.json"
         self.costs: dict[str, Cost] = {}
         if self.file.is_file():
@@ -78,11 +79,13 @@ class Forecast:
 
     def measure(self, kind: Kind, runs: Sequence[tuple[Config, Path]], watch: Watch) -> None:
         """Trains the first rounds of the first of `runs` that has any left, and keeps what they took."""
-        if runs and kind[:2] not in self.warm:  # untimed: imports libraries, fills the cache of tokens
+        first = runs and kind[:2] not in self.warm
+        if first:
             self.warm.add(kind[:2])
-            build(runs[0][0])
+            experiment = build(runs[0][0])  # untimed, as the next line: libraries load, the cache of tokens fills
+            evaluate_round(experiment, State(0, experiment.learner.state()))
         for config, path in runs:
-            if (cost := _measure(config, path, watch)) is not None:
+            if (cost := _measure(config, path, watch, twice=bool(first))) is not None:
                 self.costs[str(kind)] = cost
                 content = {name: asdict(one) for name, one in self.costs.items()}
                 write_atomic(self.file, to_json(content) + "\n")
@@ -93,8 +96,8 @@ class _Measured(Exception):
     """Enough rounds are timed."""
 
 
-def _measure(config: Config, path: Path, watch: Watch) -> Cost | None:
-    """None for a run that had no round left, or fails."""
+def _measure(config: Config, path: Path, watch: Watch, twice: bool) -> Cost | None:
+    """None for a run that had no round left, or fails. `twice` times the second of two reports."""
     facts: dict[str, Any] = {}
     records: list[dict[str, Any]] = []
     started = time.perf_counter()
@@ -115,7 +118,8 @@ def _measure(config: Config, path: Path, watch: Watch) -> Cost | None:
         return None
     seconds = records[-1]["seconds"]
     step, aggregate = seconds["train"] / records[-1]["steps"], seconds["aggregate"]
-    return Cost(**facts, step=step, aggregate=aggregate, report=_report_seconds(path))
+    report = [_report_seconds(path) for _ in range(1 + twice)][-1]
+    return Cost(**facts, step=step, aggregate=aggregate, report=report)
 
 
 def _sizes(experiment, state) -> dict[str, float]:

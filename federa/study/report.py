@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from federa import page
-from federa.figures import Level, Line, draw_accuracy, draw_loss, run_style
+from federa.figures import Level, Line, draw_accuracy, draw_amounts, run_style
 from federa.folder import write_atomic
 from federa.page import duration, escape, megabytes, number, percent
 from federa.study.grid import ONLY, Kind, point_text
@@ -379,7 +379,7 @@ def _variation(results: Results) -> str:
                 if line := _mean_line(results, kind, setting.alpha, curves):
                     lines.append(line)
             if lines and len(pictures) < FIGURES:
-                picture = draw_loss(lines, "round", f"{setting.title}: {title}", "{:.2f}")
+                picture = draw_amounts(lines, "round", f"{setting.title}: {title}")
                 pictures.append((picture, f"The updates' {title} by round on {setting.title}"))
         for kind in kinds:
             runs = results.of(kind, setting.alpha)

@@ -14,7 +14,7 @@ from federa.folder import RunFolder, to_json, write_atomic
 from federa.page import duration
 from federa.rounds import Watch
 from federa.study.forecast import Forecast
-from federa.study.grid import Cell, Choice, Kind, Study, load_study
+from federa.study.grid import Cell, Choice, Kind, Point, Study, load_study
 from federa.study.memory import measured_peak
 
 TOLERANCE = 0.25  # what a prediction claims of its error
@@ -89,9 +89,8 @@ def run_study(
     began = time.perf_counter()
     forecast = _warm_up(study, folder, watch)
     sweep = [folder.cell_unit(study, cell) for kind in study.kinds for cell in study.sweep(kind)]
-    # Before the sweep has chosen, its first points stand for the grid's: all take as long.
     pace = Pace(folder, forecast, watch, time.perf_counter() - began)
-    pace.plan([*sweep, *_after_sweep(study, folder, lambda kind: study.points(kind)[0])])
+    pace.plan([*sweep, *_after_sweep(study, folder, lambda kind: _likely_point(study, folder, kind))])
     pace.announce(budget, confirm)
     choices = {}
     for kind in study.kinds:
@@ -128,6 +127,8 @@ def score_of(scores: Mapping[str, Any], metric: str, where: Path) -> float | Non
         raise InputError(
             f"metric: must be a score of the dataset's task, {', '.join(scores)}, got {metric} for {where}"
         )
+    if scores[metric] is not None and not 0 <= scores[metric] <= 1:
+        raise InputError(f"metric: must be a share, higher is better, got {metric} {scores[metric]:g} for {where}")
     return scores[metric]
 
 
@@ -157,7 +158,13 @@ def _warm_up(study: Study, folder: StudyFolder, watch: Watch) -> Forecast:
     return forecast
 
 
-def _after_sweep(study: Study, folder: StudyFolder, point: Callable[[Kind], Any]) -> Iterable[Unit]:
+def _likely_point(study: Study, folder: StudyFolder, kind: Kind) -> Point:
+    """The one chosen, or while a sweep is not finished its first: all take as long."""
+    finished = all(folder.cell_unit(study, cell).finished for cell in study.sweep(kind))
+    return choose(study, folder, kind).point if finished else study.points(kind)[0]
+
+
+def _after_sweep(study: Study, folder: StudyFolder, point: Callable[[Kind], Point]) -> Iterable[Unit]:
     for kind in study.kinds:
         cells = study.grid(kind, point(kind))
         for name, alpha in study.baselines(kind):
@@ -196,9 +203,9 @@ class Pace:
             text = f"the study is predicted to take {duration(predicted + self.warmup)}, the budget is {budget:g} min"
             if confirm is None or not confirm(f"{text}. Run it?"):
                 raise InputError(f"--budget: {text}; raise it, or take away seeds, alphas, rates or rounds")
-        sessions = [*self.folder.sessions(), facts | {"took": None}]
-        write_atomic(self.folder.sessions_file, to_json(sessions) + "\n")
         self.began = time.perf_counter()
+        self.idle = not self.left
+        self._record(self.folder.sessions(), facts | {"took": None})
 
     def run(self, unit: Unit) -> None:
         """Runs the unit unless it is finished already."""
@@ -230,6 +237,10 @@ class Pace:
         return pace * sum(self.left.values())
 
     def conclude(self) -> None:
-        sessions = self.folder.sessions()
-        sessions[-1]["took"] = time.perf_counter() - self.began
-        write_atomic(self.folder.sessions_file, to_json(sessions) + "\n")
+        *earlier, session = self.folder.sessions() or [{}]
+        self._record(earlier, session | {"took": time.perf_counter() - self.began})
+
+    def _record(self, earlier: list[dict[str, Any]], session: dict[str, Any]) -> None:
+        """Keeps what this session predicted and took, unless it had nothing to run."""
+        if not self.idle:
+            write_atomic(self.folder.sessions_file, to_json([*earlier, session]) + "\n")
