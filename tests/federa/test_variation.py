@@ -49,7 +49,8 @@ def test_frozen_weights_that_move_count(tiny_config):
     first, emptied, folded = moved(start, 1), dict(start), dict(base)
     for name, layer in layers.items():
         for state, sign in ((first, 1), (start, -1)):
-            folded[f"{name}.residual"] += sign * layer.scaling * state[f"{name}.lora_B"] @ state[f"{name}.lora_A"]
+            product = layer.scaling * state[f"{name}.lora_B"] @ state[f"{name}.lora_A"]
+            folded[f"{name}.residual"] = folded[f"{name}.residual"] + sign * product
     assert update_geometry(learner, {}, first | base, emptied | folded)["norm"] < 1e-4 * learner_norm(base)
     shifted = {name: tensor + 0.5 for name, tensor in base.items()}
     size = sum(tensor.numel() for tensor in base.values())
