@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from federa import page
-from federa.figures import Level, Line, draw_accuracy, draw_amounts, run_style
+from federa.figures import QUIET, Level, Line, draw_accuracy, draw_amounts, run_style
 from federa.folder import write_atomic
 from federa.page import duration, escape, megabytes, number, percent
 from federa.study.grid import ONLY, Kind, point_text
@@ -24,6 +24,7 @@ from federa.study.runner import StudyFolder, edge_warning
 from federa.variation import DEFINITION
 
 FIGURES = 40  # curves shown; keeps the page well under 5 MiB
+BANDS = 4  # methods with bands around their curves; more would hide each other
 MINUS = "−"
 
 
@@ -146,6 +147,7 @@ def _outcome(results: Results) -> str:
     if behind:
         more = f" and {len(behind) - 6} more" if len(behind) > 6 else ""
         text += f" It does not lead on {'; '.join(behind[:6])}{more}."
+    text += _against_probe(results)
     if above + below + zero == 0:
         return text + " With one seed there is no interval: a difference says nothing yet."
     return text + (
@@ -154,13 +156,31 @@ def _outcome(results: Results) -> str:
     )
 
 
+def _against_probe(results: Results) -> str:
+    """Where no method gets past a logistic regression on frozen features, which has seen all the data."""
+    settings = _settings(results)
+    probes = {setting: row for setting in settings for row in _yardsticks(results, setting) if row[0] == "linear-probe"}
+    below = [
+        setting.title
+        for setting, (_, score, _) in probes.items()
+        if all(_mean(results, kind, setting.alpha).mean <= score for kind in _kinds(results, setting))
+    ]
+    if not probes:
+        return ""
+    if not below:
+        return " Some method is ahead of the linear probe on pooled frozen features in every setting with one."
+    return f" No method is ahead of the linear probe on pooled frozen features on {'; '.join(below)}."
+
+
 def _facts(results: Results) -> dict[str, str]:
     config, first = results.study.config, results.study.kinds[0]
     run = results.study.run_config(results.study.grid(first, results.study.points(first)[0])[0])
     server = run.server
     facts = {
-        "Grid": f"{len(config.methods)} methods, {len(config.datasets)} data sets, {len(config.models)} models, "
-        f"alphas {', '.join(f'{alpha:g}' for alpha in config.alphas)}, seeds {', '.join(map(str, config.seeds))}",
+        "Methods": ", ".join(config.methods),
+        "Data": ", ".join(config.datasets),
+        "Alphas": ", ".join(f"{alpha:g}" for alpha in config.alphas),
+        "Seeds": ", ".join(map(str, config.seeds)),
         "Model": run.model.name if len(config.models) == 1 else ", ".join(config.models),
         "Clients": f"{run.partition.clients} ({run.partition.scheme}), "
         + (f"{server.clients_per_round} a round" if server.clients_per_round else "all in every round"),
@@ -195,8 +215,8 @@ def _scores(results: Results) -> str:
                         f"{setting.alpha:g}",
                         escape(kind.method),
                         page.bar(test.mean),
-                        number(test.deviation, lambda share: f"{100 * share:.1f}"),
                         _interval(test),
+                        number(test.deviation, lambda share: f"{100 * share:.1f}"),
                         number(worst and worst.mean, percent),
                         f"{test.count} of {len(results.study.config.seeds)}",
                     )
@@ -207,7 +227,7 @@ def _scores(results: Results) -> str:
             ]
         metric = results.metric(settings[0].dataset)
         interval = f"{percent(CONFIDENCE, 0)} interval"
-        columns = ("Alpha", "Method", f"Test {escape(metric)}", "Spread", interval, "Worst client", "Seeds")
+        columns = ("Alpha", "Method", f"Test {escape(metric)}", interval, "Spread", "Worst client", "Seeds")
         parts.append(f"<h3>{escape(place)}</h3>" + page.table(columns, rows, numeric=(0, 3, 4, 5)))
     note = (
         "Means over seeds of the score after the last round. Spread: the sample standard deviation, in points. Worst "
@@ -275,17 +295,23 @@ def _against_alpha(results: Results) -> str:
             x, y = [alpha * apart for alpha, _ in known], [value.mean for _, value in known]
             clipped = [[min(max(end, 0), 1) for end in ends] for ends in bounds]
             lines.append(Line(kind.method, x, y, *_style(results, kind), *clipped))
-        levels = _levels(results, settings[-1])
+        local = [
+            (alpha, row)
+            for (*where, name, alpha), row in results.baselines.items()
+            if name == "local" and (*where,) == settings[0][:2]
+        ]
         metric = results.metric(settings[0].dataset)
-        picture = draw_accuracy(
-            lines, "alpha, more alike clients to the right", f"{place}: test {metric}", levels, alphas
-        )
+        if known := [(alpha, row[metric]) for alpha, row in sorted(local, key=lambda pair: pair[0]) if row.get(metric)]:
+            lines.append(Line("local", [alpha for alpha, _ in known], [score for _, score in known], QUIET, ":"))
+        levels = [level for level in _levels(results, settings[-1]) if not level.label.startswith("local")]
+        xlabel = "alpha, more alike clients to the right"
+        picture = draw_accuracy(lines, xlabel, f"{place}: test {metric}", levels, alphas)
         pictures.append((picture, f"Test {metric} on {place} against alpha"))
     if not pictures:
         return "<p>One alpha: nothing to compare it with.</p>"
     note = (
         f"Means over seeds with {percent(CONFIDENCE, 0)} intervals as bars, cut at 0 and 100 %; one seed has none. "
-        "Thin lines: yardsticks, local-only at the highest alpha."
+        "Dotted: every client alone. Thin lines: the other yardsticks."
     )
     return page.figures(pictures) + f'<p class="note">{note}</p>'
 
@@ -314,7 +340,8 @@ def _curves(results: Results) -> str:
     left_out = (
         f" The first {FIGURES} of {len(settings)} settings; study.csv holds all." if len(settings) > FIGURES else ""
     )
-    note = "Means over seeds; bands reach from the lowest to the highest seed. Thin lines: yardsticks, on the test set."
+    bands = "; bands reach from the lowest to the highest seed" if len(results.study.config.methods) <= BANDS else ""
+    note = f"Means over seeds{bands}. Thin lines: yardsticks, on the test set."
     return page.figures(pictures) + f'<p class="note">{note}{left_out}</p>'
 
 
@@ -326,6 +353,8 @@ def _mean_line(results: Results, kind: Kind, alpha: float, curves: Sequence) -> 
     values = [[curve[round] for curve in curves] for round in shared]
     ends = ([min(row) for row in values], [max(row) for row in values]) if len(curves) > 1 else (None, None)
     mean = [sum(row) / len(row) for row in values]
+    if len(results.study.config.methods) > BANDS:
+        ends = (None, None)
     return Line(kind.method, shared, mean, *_style(results, kind), *ends)
 
 
