@@ -15,23 +15,30 @@ from federa.aggregate import mismatch
 from federa.errors import InputError
 from federa.folder import RunFolder, free_folder, publish_folder, to_json
 
-FORMAT = 1
+FORMAT = 2
+FACTS = ("round", "moves", "releases", "bytes_total", "seconds", "best")
 
 
 @dataclass
 class State:
     """A run after `round` rounds.
 
-    tensors: the global trainable tensors. server: the server optimiser's tensors. seen: ids of the clients that have
-    had the one-off broadcast. bytes_total: sent so far, both ways. seconds: spent so far. best: the round with the
-    best validation accuracy so far and its scores. previous: the global tensors one round earlier, which the next
-    round's change of direction is measured by (empty before round 1).
+    tensors: the global trainable tensors. server: the server optimiser's tensors. base: the frozen weights of adapted
+    layers where the aggregation moves them, all of them, as they are now. variates: client -> its SCAFFOLD tensors.
+    seen: client -> the last round it was sampled in, before which it had the one-off broadcast. moves: for every round
+    the rank of each frozen weight's move. releases: attempts at rounds that privacy has paid for. bytes_total: sent so
+    far, both ways. seconds: spent so far. best: the round with the best validation accuracy so far and its scores.
+    previous: tensors and base one round earlier, which the next round's change of direction is measured by.
     """
 
     round: int
     tensors: dict[str, torch.Tensor]
     server: dict[str, torch.Tensor] = field(default_factory=dict)
-    seen: list[int] = field(default_factory=list)
+    base: dict[str, torch.Tensor] = field(default_factory=dict)
+    variates: dict[int, dict[str, torch.Tensor]] = field(default_factory=dict)
+    seen: dict[int, int] = field(default_factory=dict)
+    moves: list[dict[str, int]] = field(default_factory=list)
+    releases: int = 0
     bytes_total: int = 0
     seconds: float = 0.0
     best: dict[str, Any] | None = None
@@ -42,11 +49,12 @@ def save_checkpoint(folder: RunFolder, state: State, digest: str, keep: int = 2)
     """Writes checkpoints/round-NNNNN atomically; keeps the newest `keep` and the best round's."""
     path = folder.checkpoints / f"round-{state.round:05d}"
     temporary = free_folder(path)
-    groups = {"global": state.tensors, "server": state.server, "previous": state.previous}
+    groups = {"global": state.tensors, "server": state.server, "base": state.base, "previous": state.previous}
+    groups |= {f"client-{client}": tensors for client, tensors in state.variates.items()}
     content = save({f"{group}/{name}": t.cpu().contiguous() for group, ts in groups.items() for name, t in ts.items()})
     (temporary / "state.safetensors").write_bytes(content)
-    facts = {name: getattr(state, name) for name in ("round", "seen", "bytes_total", "seconds", "best")}
-    facts |= {"format": FORMAT, "config": digest}
+    facts = {name: getattr(state, name) for name in FACTS}
+    facts |= {"seen": sorted(state.seen.items()), "format": FORMAT, "config": digest}
     facts["sha256"] = _digest(facts, content)
     (temporary / "state.json").write_text(to_json(facts) + "\n")
     publish_folder(temporary, path)
@@ -78,15 +86,20 @@ def load_checkpoint(folder: RunFolder, round: int, digest: str, template: dict[s
             raise InputError(f"{path}: is a checkpoint of another configuration or other factors than this run's")
         if facts.pop("sha256") != _digest(facts, content) or facts["round"] != round:
             raise InputError(f"{path}: is corrupt (its SHA-256 is not the recorded one); {hint}")
-        tensors = load(content)
+        groups: dict[str, dict[str, torch.Tensor]] = {"global": {}, "server": {}, "base": {}, "previous": {}}
+        for key, tensor in load(content).items():
+            group, _, name = key.partition("/")
+            groups.setdefault(group, {})[name] = tensor
         state = State(
-            round=round,
-            tensors={name.removeprefix("global/"): t for name, t in tensors.items() if name.startswith("global/")},
-            server={name.removeprefix("server/"): t for name, t in tensors.items() if name.startswith("server/")},
-            previous={name.removeprefix("previous/"): t for name, t in tensors.items() if name.startswith("previous/")},
-            **{name: facts[name] for name in ("seen", "bytes_total", "seconds", "best")},
+            tensors=groups.pop("global"),
+            server=groups.pop("server"),
+            base=groups.pop("base"),
+            previous=groups.pop("previous"),
+            variates={int(group.removeprefix("client-")): tensors for group, tensors in groups.items()},
+            seen=dict(facts["seen"]),
+            **{name: facts[name] for name in FACTS},
         )
-    except (OSError, AttributeError, KeyError, TypeError, SafetensorError) as error:
+    except (OSError, AttributeError, KeyError, TypeError, ValueError, SafetensorError) as error:
         raise InputError(f"{path}: is corrupt ({error!r}); {hint}") from None
     if (problem := mismatch(state.tensors, template)) is not None:
         raise InputError(f"{path}: does not fit the run: {problem}")

@@ -1,7 +1,7 @@
 """One client's local training."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -35,39 +35,77 @@ def train_client(
     round: int,
     start: Mapping[str, torch.Tensor],
     config: Config,
+    correction: Mapping[str, torch.Tensor] | None = None,
 ) -> ClientUpdate:
     """Trains the global tensors `start` on examples[indices] for one round (counted from 1) and returns the result.
 
     The optimiser starts fresh, its rate follows the schedule over all rounds. Minimises the mean cross entropy of each
     step's units (one an example in classification) plus, with proximal_mu, FedProx's mu/2 ||w - start||^2
-    (arXiv 1812.06127).
+    (arXiv 1812.06127). `correction` (SCAFFOLD) is added to every gradient after clipping. What trains in this round,
+    and is sent back, is `learner.open(round)`.
     """
-    learner.load(start)
+    learner.load(learner.start_of(start, client))
     learner.model.train()
-    parameters = list(learner.trainable.values())
-    mu = config.client.proximal_mu
-    anchor = [parameter.detach().clone() for parameter in parameters] if mu > 0 else []
-    optimizer = _optimizer(learner, config.client)
-    base_rates = [group["lr"] for group in optimizer.param_groups]
+    trained = learner.open(round)
     total = local_steps(len(indices), config.client)
+    optimizer = LocalOptimizer(trained, learner.head, config, round, total, correction)
     loss, seen = 0.0, 0
     with _dropout_streams(learner, config) as seed_dropout:
-        for step, batches in enumerate(_steps(examples, indices, client, round, config, total)):
-            factor = rate_factor(config.client, (round - 1 + (step + 0.5) / total) / config.server.rounds)
-            for group, rate in zip(optimizer.param_groups, base_rates, strict=True):
-                group["lr"] = rate * factor
+        for step, batches in enumerate(micro_batches(examples, indices, client, round, config, total)):
             seed_dropout(round=round, client=client, step=step)
-            optimizer.zero_grad(set_to_none=True)
             loss += _accumulate_gradients(learner, examples, batches)
             seen += _units(examples, batches)
-            for parameter, origin in zip(parameters, anchor, strict=False):
-                if parameter.grad is not None:
-                    parameter.grad.add_(parameter.detach() - origin, alpha=mu)
-            if config.client.clip_norm is not None:
-                torch.nn.utils.clip_grad_norm_(parameters, config.client.clip_norm)
             optimizer.step()
     mean_loss = loss / seen
-    return ClientUpdate(client, len(indices), total, learner.state(), {"loss": mean_loss}, math.isfinite(mean_loss))
+    tensors = {name: parameter.detach().to("cpu", copy=True) for name, parameter in trained.items()}
+    return ClientUpdate(client, len(indices), total, tensors, {"loss": mean_loss}, math.isfinite(mean_loss))
+
+
+class LocalOptimizer:
+    """One client's optimiser in one round of `total` steps, begun afresh from the parameters as they are.
+
+    A step adds FedProx's mu (w - start) to the gradients, clips their norm, adds the correction, takes the rate that the
+    schedule over all rounds has come to, updates and clears the gradients.
+    """
+
+    def __init__(
+        self,
+        parameters: Mapping[str, torch.nn.Parameter],
+        head: Set[str],
+        config: Config,
+        round: int,
+        total: int,
+        correction: Mapping[str, torch.Tensor] | None = None,
+    ):
+        client = self._client = config.client
+        self._parameters = list(parameters.values())
+        self._shifts = [] if correction is None else [correction[n].to(p.device) for n, p in parameters.items()]
+        self._anchor = [p.detach().clone() for p in self._parameters] if client.proximal_mu > 0 else []
+        body = [p for name, p in parameters.items() if name not in head]
+        tip = [p for name, p in parameters.items() if name in head]
+        head_lr = client.lr if client.head_lr is None else client.head_lr
+        groups = [{"params": body, "lr": client.lr}] * bool(body) + [{"params": tip, "lr": head_lr}] * bool(tip)
+        if client.optimizer == "sgd":
+            optimizer = torch.optim.SGD(groups, momentum=client.momentum, weight_decay=client.weight_decay)
+        else:
+            optimizer = torch.optim.AdamW(groups, betas=client.betas, weight_decay=client.weight_decay, fused=True)
+        self._optimizer, self._base_rates = optimizer, [group["lr"] for group in optimizer.param_groups]
+        self._taken, self._progress = 0, lambda step: (round - 1 + (step + 0.5) / total) / config.server.rounds
+
+    def step(self) -> None:
+        factor = rate_factor(self._client, self._progress(self._taken))
+        for group, rate in zip(self._optimizer.param_groups, self._base_rates, strict=True):
+            group["lr"] = rate * factor
+        for parameter, origin in zip(self._parameters, self._anchor, strict=False):
+            if parameter.grad is not None:
+                parameter.grad.add_(parameter.detach() - origin, alpha=self._client.proximal_mu)
+        if self._client.clip_norm is not None:
+            torch.nn.utils.clip_grad_norm_(self._parameters, self._client.clip_norm)
+        for parameter, shift in zip(self._parameters, self._shifts, strict=False):
+            parameter.grad = shift.clone() if parameter.grad is None else parameter.grad.add_(shift)
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+        self._taken += 1
 
 
 def _accumulate_gradients(learner: Learner, examples: Examples, batches: list[np.ndarray]) -> float:
@@ -116,7 +154,13 @@ def rate_factor(config: ClientConfig, progress: float) -> float:
     return 1.0
 
 
-def _steps(
+def rate_sums(config: ClientConfig, round: int, rounds: int, steps: int) -> tuple[float, float]:
+    """Sums over a round's steps of the body's and the head's learning rates."""
+    factors = math.fsum(rate_factor(config, (round - 1 + (step + 0.5) / steps) / rounds) for step in range(steps))
+    return config.lr * factors, (config.lr if config.head_lr is None else config.head_lr) * factors
+
+
+def micro_batches(
     examples: Examples, indices: np.ndarray, client: int, round: int, config: Config, total: int
 ) -> Iterator[list[np.ndarray]]:
     """`total` optimiser steps of up to `accumulate` batches each; epoch e of a round has its own stream (step=e)."""
@@ -130,13 +174,3 @@ def _steps(
             yield batches[first : first + config.client.accumulate]
             done += 1
         epoch += 1
-
-
-def _optimizer(learner: Learner, config: ClientConfig) -> torch.optim.Optimizer:
-    body = [p for name, p in learner.trainable.items() if name not in learner.head]
-    head = [p for name, p in learner.trainable.items() if name in learner.head]
-    head_lr = config.lr if config.head_lr is None else config.head_lr
-    groups = [{"params": body, "lr": config.lr}] * bool(body) + [{"params": head, "lr": head_lr}] * bool(head)
-    if config.optimizer == "sgd":
-        return torch.optim.SGD(groups, momentum=config.momentum, weight_decay=config.weight_decay)
-    return torch.optim.AdamW(groups, betas=config.betas, weight_decay=config.weight_decay, fused=True)

@@ -8,6 +8,7 @@ import difflib
 import hashlib
 import json
 import os
+import re
 import reprlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from federa import strict_yaml
+from federa.combinations import check_combinations
 from federa.errors import InputError
 
 Text = Annotated[str, Field(min_length=1, pattern=r"^[^\x00]*$")]
@@ -78,12 +80,21 @@ class PartitionConfig(Section):
 class MethodConfig(Section):
     """How the backbone is made trainable."""
 
-    name: Literal["federa", "lora", "head-only", "full"] = "federa"
+    name: Literal[
+        "federa", "lora", "ffa-lora", "rolora", "slora", "fedsvd", "fed-sb", "bitfit", "adapter", "full", "head-only"
+    ] = "federa"
+    band: Literal["principal", "minor", "orthogonal"] = "principal"  # federa: which part of W = U S V^T trains
     rank: Count = 8
     alpha: Positive | None = None  # None: alpha = rank, so that the scaling s = alpha / rank is 1
     # suffixes, one regular expression, or "all-linear"
     target_modules: Text | Annotated[list[Text], Field(min_length=1)] = "all-linear"
     residual_dtype: Literal["float32", "bfloat16"] = "float32"
+    # mixed ranks (HetLoRA): client c has client_ranks[c mod length], at most rank
+    client_ranks: Annotated[list[Count], Field(min_length=1)] | None = None
+    adapter: Literal["houlsby", "pfeiffer"] = "houlsby"  # adapter: where bottlenecks stand
+    bottleneck: Count = 16  # adapter: their width
+    density: Annotated[float, Field(gt=0, le=1)] = 0.01  # slora: share of the weights that train in stage 1
+    sparse_rounds: Count = 1  # slora: rounds of stage 1
 
 
 class ClientConfig(Section):
@@ -103,6 +114,7 @@ class ClientConfig(Section):
     steps: Count | None = None  # optimiser steps a round; overrides epochs
     clip_norm: Positive | None = 1.0
     proximal_mu: NonNegative = 0.0  # FedProx
+    control_variates: bool = False  # SCAFFOLD; sgd only
 
 
 class ServerConfig(Section):
@@ -110,6 +122,12 @@ class ServerConfig(Section):
 
     rounds: Count = 10
     clients_per_round: Count | None = None  # None: all
+    aggregation: Literal["fedavg", "fedex", "flora", "flexlora", "refactor-exact", "median", "trimmed-mean", "krum"] = (
+        "fedavg"
+    )
+    tolerance: Fraction = 0.0  # refactor-exact: share of a round's squared change that may be dropped
+    hostile: Annotated[float, Field(ge=0, lt=0.5)] = 0.2  # trimmed-mean, krum: share of clients that may be hostile
+    clip_update: Positive | None = None  # longest change of a client; longer ones are shortened to it
     optimizer: Literal["fedavg", "fedavgm", "fedadam"] = "fedavg"
     lr: Positive = 1.0
     momentum: Fraction = 0.9  # fedavgm
@@ -117,6 +135,16 @@ class ServerConfig(Section):
     tau: Positive = 1e-3  # fedadam's adaptivity
     min_updates: Count = 1  # good updates a round needs
     retries: Annotated[int, Field(ge=0, le=100)] = 2  # of a round with too few
+
+
+class PrivacyConfig(Section):
+    """Client-level differential privacy; off while clip is null."""
+
+    clip: Positive | None = None  # S: longest change of a client
+    noise: Positive = 1.0  # z: the sum of the changes gets Gaussian noise of deviation z S
+    delta: Annotated[float, Field(gt=0, lt=1)] = 1e-5
+    # fixed: clients_per_round exactly; poisson: each client by itself, with that mean
+    sampling: Literal["fixed", "poisson"] = "fixed"
 
 
 class FailureConfig(Section):
@@ -134,11 +162,11 @@ class EvaluationConfig(Section):
     batch_size: Count = 64
     test_every: Count | None = None  # rounds; for curves only, nothing is chosen by it
     per_client: bool = False  # worst and mean client on per-client test sets
+    drift: bool = True  # how far averaged factors are off the mean of products; keeps the round's factors until its end
 
 
 class RunSection(Section):
-    # clients trained in one batch; this version trains them one after another
-    cohort: Literal["auto"] | Annotated[int, Field(ge=1, le=1)] = 1
+    cohort: Literal["auto"] | Count = "auto"  # clients trained in one batch; 1: one after another
     threads: Count | None = None  # CPU threads; None: torch's own choice
     checkpoint_every: Count = 1  # rounds
 
@@ -153,6 +181,7 @@ class Config(Section):
     method: MethodConfig = MethodConfig()
     client: ClientConfig = ClientConfig()
     server: ServerConfig = ServerConfig()
+    privacy: PrivacyConfig = PrivacyConfig()
     failures: FailureConfig = FailureConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     run: RunSection = RunSection()
@@ -172,6 +201,7 @@ class Config(Section):
                 )
         if self.partition.scheme == "natural" and self.data.client is None:
             raise ValueError("data.client must name the column of the client for partition.scheme natural, got null")
+        check_combinations(self)
         return self
 
 
@@ -280,7 +310,7 @@ _EXPECTED = {  # where pydantic's words would not say what may be written
     "method.target_modules": "must be a string or a list of strings",
     "client.betas": "must be a list of 2 numbers in [0, 1)",
     "server.betas": "must be a list of 2 numbers in [0, 1)",
-    "run.cohort": "must be auto or 1",
+    "run.cohort": "must be auto or a number of clients",
 }
 _WORDS = {
     "model_type": "must be a mapping of keys",
@@ -305,7 +335,10 @@ def _one_line(error: ValidationError) -> str:
     message = message.replace("Input should be", "must be").replace("Input should", "must")
     if not key:
         return f"config: {message}"
-    return f"config: {key} {_EXPECTED.get(key) or _WORDS.get(first['type'], message)}, got {_shorten(first['input'])}"
+    words = f"config: {key} {_EXPECTED.get(key) or _WORDS.get(first['type'], message)}, got {_shorten(first['input'])}"
+    choices = re.findall(r"'([^']+)'", message) if first["type"] == "literal_error" else ()
+    near = difflib.get_close_matches(str(first["input"]), choices, n=1, cutoff=0.5)
+    return words + "".join(f"; did you mean {choice}?" for choice in near)
 
 
 def _known_keys() -> dict[str, None]:

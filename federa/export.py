@@ -1,5 +1,6 @@
 """A trained model in formats that others load: PEFT adapter, merged checkpoint, residual base with its adapter."""
 
+import inspect
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,6 +9,8 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from federa.adapters import Bottleneck, SparseStart
+from federa.combinations import MOVES
 from federa.errors import InputError
 from federa.experiment import Experiment
 from federa.folder import free_folder, publish_folder
@@ -37,10 +40,40 @@ mask = batch["attention_mask"].unsqueeze(-1)
 logits = (hidden * mask).sum(1) / mask.sum(1) @ head["weight"].T + head["bias"]
 """
 
+_WITH_BOTTLENECKS = """\
+\"\"\"{name} with the bottlenecks that config.federa_bottlenecks names. Load it with trust_remote_code=True.\"\"\"
 
-def has_adapters(experiment: Experiment) -> bool:
-    """Whether the method trains adapters (federa, lora) rather than the head alone or everything."""
-    return bool(adapted_layers(experiment.learner.model))
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from {module} import {name}
+
+
+{bottleneck}
+
+class {name}WithBottlenecks({name}):
+    def __init__(self, config):
+        super().__init__(config)
+        for name in config.federa_bottlenecks:
+            parent, _, leaf = name.rpartition(".")
+            layer = self.get_submodule(name)
+            width = layer.nf if hasattr(layer, "nf") else layer.out_features
+            setattr(self.get_submodule(parent), leaf, Bottleneck(layer, width, config.federa_bottleneck))
+"""
+
+
+def adapter_problem(experiment: Experiment) -> str | None:
+    """Why no LoRA on the untouched base is the evaluated model, or None where one is."""
+    method, layers = experiment.config.method.name, _layers(experiment)
+    if not layers:
+        return f"must have adapters to export, got method {method}; use --format merged"
+    if (aggregation := experiment.config.server.aggregation) in MOVES:
+        return f"must have a base that never moved, got aggregation {aggregation}; use --format merged or residual"
+    if any(isinstance(layer, SparseStart) and layer.changed for layer in layers.values()):
+        return f"must be of the second stage of {method}, got a round of the first; use --format merged or residual"
+    return None
 
 
 def export(experiment: Experiment, format: str, path: Path) -> Path:
@@ -52,9 +85,9 @@ def export(experiment: Experiment, format: str, path: Path) -> Path:
     adapters where the format needs them.
     """
     check_export(format, path)
-    if format != "merged" and not has_adapters(experiment):
-        method = experiment.config.method.name
-        raise InputError(f"--format: {format} must have adapters to export, got method {method}; use --format merged")
+    problem = adapter_problem(experiment)
+    if problem is not None and (format == "peft" or (format == "residual" and not _layers(experiment))):
+        raise InputError(f"--format: {format} {problem}")
     if path.is_dir():
         path.rmdir()
     experiment.learner.model.to("cpu")  # merging computes in float64, which not every device has
@@ -79,9 +112,10 @@ def check_export(format: str, path: Path) -> None:
 
 def export_peft(experiment: Experiment, path: Path) -> None:
     """A plain LoRA on the untouched base, dW = s (B A - B0 A0) = s [B, -B0] [A; A0]: rank 2R, lora_alpha 2 alpha so
-    that the scaling stays s = alpha / R. Method lora starts at B0 = 0 and keeps rank R. The head goes along in full.
+    that the scaling stays s = alpha / R. Methods that start at B0 = 0 keep rank R. The head goes along in full.
     A bfloat16 residual's rounding is no part of it; merged and residual exports keep that."""
-    factors, doubled = {}, experiment.config.method.name == "federa"
+    factors = {}
+    doubled = any(bool(layer.lora_B0.any()) for layer in _layers(experiment).values())
     for name, layer in _layers(experiment).items():
         factors[name] = layer.delta() if doubled else (layer.lora_A, layer.lora_B)
     temporary = free_folder(path)
@@ -162,12 +196,28 @@ def _save_model(experiment: Experiment, plain: Mapping[str, nn.Module], path: Pa
         parent, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(parent), leaf, module)
     path.mkdir(parents=True, exist_ok=True)
+    _write_bottlenecks(model, path)
     if isinstance(model, MeanPoolingClassifier):
         model.backbone.save_pretrained(path)
         _save_tensors(dict(model.classifier.named_parameters()), path / "head.safetensors")
     else:
         model.save_pretrained(path)
     load_tokenizer(experiment.source).save_pretrained(path)
+
+
+def _write_bottlenecks(model: nn.Module, path: Path) -> None:
+    """A model with bottlenecks is no class of transformers: its code goes along, and its configuration points at it."""
+    saved = model.backbone if isinstance(model, MeanPoolingClassifier) else model
+    found = {name: module for name, module in saved.named_modules() if isinstance(module, Bottleneck)}
+    if not found:
+        return
+    kind = "AutoModel" if saved is not model else "AutoModelForSequenceClassification"
+    name, source = type(saved).__name__, inspect.getsource(Bottleneck)
+    code = _WITH_BOTTLENECKS.format(name=name, module=type(saved).__module__, bottleneck=source)
+    (path / "modeling_federa.py").write_text(code, encoding="utf-8")
+    saved.config.federa_bottlenecks = list(found)
+    saved.config.federa_bottleneck = next(iter(found.values())).bottleneck["down"].out_features
+    saved.config.auto_map = {kind: f"modeling_federa.{name}WithBottlenecks"}
 
 
 def _save_tensors(tensors: Mapping[str, torch.Tensor], path: Path) -> None:

@@ -210,14 +210,15 @@ def publish_folder(temporary: Path, path: Path) -> None:
     sync_folder(path.parent)
 
 
-def environment(device: str, threads: int) -> dict[str, str | int | None]:
-    """Versions and settings that results may depend on."""
+def environment(device: str, threads: int, cohort: int) -> dict[str, str | int | None]:
+    """Versions and settings that results may depend on; `cohort` is how many clients train in one batch."""
     packages = ("federa", "torch", "transformers", "tokenizers", "datasets", "numpy", "safetensors", "scikit-learn")
     found: dict[str, str | int | None] = {
         "python": platform.python_version(),
         "platform": f"{platform.system()} {platform.machine()}",
         "device": device,
         "threads": threads,
+        "cohort": cohort,
     }
     for package in packages:
         try:

@@ -10,6 +10,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
+from federa.cohort import why_alone
 from federa.data import Corpus
 from federa.experiment import Experiment
 from federa.folder import RunFolder
@@ -51,12 +52,12 @@ class RunProgress:
         experiment, state = facts["experiment"], facts["state"]
         rounds = experiment.config.server.rounds
         if not self.label:
-            self._introduce(experiment)
+            self._introduce(experiment, facts["cohort"])
         self.bars.reset(self.rounds, total=rounds, completed=state.round, scores="", visible=True)
         self.bars.update(self.rounds, description=f"{self.label} rounds".strip())
         self.bars.reset(self.clients, total=experiment.clients_per_round, visible=True)
 
-    def _introduce(self, experiment: Experiment) -> None:
+    def _introduce(self, experiment: Experiment, cohort: int) -> None:
         learner, corpus = experiment.learner, experiment.corpus
         sizes = f"{len(experiment.train)} training examples, {len(experiment.validation)} validation"
         trained = sum(parameter.numel() for parameter in learner.trainable.values())
@@ -65,6 +66,9 @@ class RunProgress:
         self._say(f"data     {corpus.source}: {sizes}, {len(experiment.test)} test")
         self._say(f"clients  {len(experiment.clients)}, {a_round}; {experiment.partition.convention}")
         self._say(f"method   {experiment.config.method.name}, {trained:,} trainable parameters on {learner.device}")
+        alone = why_alone(learner, experiment.config) if experiment.config.run.cohort != 1 else None
+        together = f"{cohort} clients in one batch" if cohort > 1 else "one client after another"
+        self._say(f"cohort   {together}" + (f": {alone}" if alone else ""))
 
     def _client(self, facts: dict[str, Any]) -> None:
         self.bars.update(self.clients, total=facts["of"], completed=facts["position"], visible=True)

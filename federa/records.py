@@ -5,11 +5,10 @@ from typing import Any, NamedTuple
 
 from pydantic import BaseModel, Field, TypeAdapter, ValidationError, model_validator
 
+from federa.catalogue import METHODS
 from federa.config import Config
 from federa.errors import InputError
 from federa.folder import RunFolder
-
-METHODS = {"federa": "FeDeRA", "lora": "LoRA", "head-only": "Head only", "full": "Full fine-tuning"}
 
 
 class Scores(BaseModel):
@@ -29,6 +28,12 @@ class Traffic(BaseModel):
     total: float = 0  # cumulative, both directions and broadcasts
 
 
+class Privacy(BaseModel):
+    epsilon: float
+    delta: float
+    releases: int
+
+
 class Rejection(BaseModel):
     client: int
     why: str
@@ -45,9 +50,11 @@ class Round(BaseModel):
     steps: int | None = None
     train_loss: float | None = None
     update_norm: float | None = None
+    drift: float | None = None  # how far averaged factors are off the mean of the products
     validation: Scores | None = None
     test: Scores | None = None
     bytes: Traffic | None = None
+    privacy: Privacy | None = None
     seconds: dict[str, float | None] | None = None
 
 
@@ -104,7 +111,7 @@ class Run(NamedTuple):
 
     @property
     def method(self) -> str:
-        return METHODS[self.config.method.name]
+        return METHODS[self.config.method.name].title
 
     @property
     def done(self) -> int:

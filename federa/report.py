@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from federa import page
+from federa.catalogue import METHODS
 from federa.errors import InputError
 from federa.figures import BLUE, GREEN, VERMILION, Level, Line, draw_accuracy, draw_loss, draw_partition, run_style
 from federa.folder import write_atomic
@@ -163,7 +164,7 @@ def _outcome(run: Run) -> str:
 def _facts(run: Run) -> dict[str, str]:
     config = run.config
     method, client, server = config.method, config.client, config.server
-    adapters = method.name in ("federa", "lora")
+    adapters = METHODS[method.name].band is not None
     targets = method.target_modules if isinstance(method.target_modules, str) else ", ".join(method.target_modules)
     local = _count(client.steps, "step") if client.steps else _count(client.epochs, "epoch")
     facts = {

@@ -8,12 +8,28 @@ from typing import Any
 
 import numpy as np
 
-from federa.aggregate import WeightedMean, problem_of, server_step, update_norm
+from federa import scaffold
+from federa.aggregate import (
+    AGGREGATORS,
+    Mean,
+    PrivateMean,
+    Robust,
+    Stacked,
+    Terms,
+    move_values,
+    moved,
+    problem_of,
+    server_step,
+    shortened,
+    update_norm,
+)
 from federa.checkpoint import State, save_checkpoint
 from federa.client import ClientUpdate, local_steps, rate_factor, train_client
+from federa.combinations import MOVES
 from federa.errors import RunError
 from federa.experiment import Experiment
 from federa.folder import RunFolder
+from federa.privacy import draw_normal, epsilon, secret_generator
 from federa.randomness import Purpose, generator
 from federa.tasks import client_scores, predict, score
 from federa.variation import update_geometry
@@ -35,21 +51,66 @@ class Attempt:
     examples: int = 0
     steps: int = 0
     loss: float = 0.0
-    mean: WeightedMean = field(default_factory=WeightedMean)
 
     def add(self, update: ClientUpdate) -> None:
         self.completed.append(update.client)
         self.examples += update.examples
         self.steps += update.steps
         self.loss += update.examples * update.metrics["loss"]
-        self.mean.add(update.tensors, update.examples)
+
+
+class Gathering:
+    """One attempt's good updates on their way into the next model. Memory: the aggregator's, and with SCAFFOLD one
+    variate a client."""
+
+    def __init__(self, experiment: Experiment, state: State, round: int):
+        learner, config = experiment.learner, experiment.config
+        current = {name: state.tensors[name] for name in learner.names_in(round)}
+        self._experiment, self._state, self._round, self.current = experiment, state, round, current
+        pairs = [p for p in learner.pairs.values() if {p.lora_A, p.lora_B} <= current.keys()]
+        rank_of = None if config.method.client_ranks is None else learner.rank_of
+        terms = Terms(config.server, current, pairs, rank_of, lambda: learner.restart(round), config.evaluation.drift)
+        self.aggregator: Mean | Stacked | Robust | PrivateMean
+        if config.privacy.clip is not None:
+            self.aggregator = PrivateMean(terms, config.privacy, experiment.clients_per_round, draw_normal)
+        else:
+            self.aggregator = AGGREGATORS[config.server.aggregation](terms)
+        self.variates: dict[int, dict[str, Any]] = {}
+
+    def add(self, update: ClientUpdate) -> None:
+        config, learner = self._experiment.config, self._experiment.learner
+        if config.client.control_variates:
+            self.variates[update.client] = scaffold.new_variate(
+                self._state, update, config.client, self._round, config.server.rounds, learner.head
+            )
+        if config.server.clip_update is not None:
+            update = replace(update, tensors=shortened(update.tensors, self.current, config.server.clip_update))
+        self.aggregator.add(update)
+
+    def next_state(self) -> tuple[State, float | None]:
+        """(the state after the round, drift)."""
+        config, learner, state = self._experiment.config, self._experiment.learner, self._state
+        aggregate = self.aggregator.result()
+        stepped = {name: self.current[name] for name in aggregate.mean}
+        tensors, server = server_step(config.server, stepped, aggregate.mean, state.server)
+        tensors = learner.renew(state.tensors | tensors | aggregate.factors, self._round)
+        following = replace(state, round=self._round, tensors=tensors, server=state.server | server)
+        if config.server.aggregation in MOVES:
+            following.base = moved(state.base or learner.base(), aggregate.moves)
+            following.moves = [*state.moves, aggregate.ranks]
+        if config.client.control_variates:
+            clients = len(self._experiment.clients)
+            following.server, following.variates = scaffold.advance(following, self.variates, clients)
+        return following, aggregate.drift
 
 
 def train_in_turn(experiment: Experiment, state: State, round: int, clients: Sequence[int]) -> Iterator[ClientUpdate]:
     """Trains one client after another."""
     for client in clients:
-        own = experiment.clients[client]
-        yield train_client(experiment.learner, experiment.train, own, client, round, state.tensors, experiment.config)
+        own, correction = experiment.clients[client], scaffold.correction(state, client)
+        yield train_client(
+            experiment.learner, experiment.train, own, client, round, state.tensors, experiment.config, correction
+        )
 
 
 def run_rounds(
@@ -84,13 +145,14 @@ def _run_round(experiment: Experiment, state: State, watch: Watch, train: Train)
     config = experiment.config
     started = time.perf_counter()
     round = state.round + 1
-    attempts = _collect(experiment, state, round, watch, train)
+    experiment.learner.load(state.tensors, state.base)
+    attempts, gathering = _collect(experiment, state, round, watch, train)
     attempt = attempts[-1]
     trained = time.perf_counter()
-    current = state.tensors
-    tensors, server = server_step(config.server, current, attempt.mean.result(current), state.server)
-    previous = state.previous
-    state = replace(state, round=round, tensors=tensors, server=server, previous=dict(current))
+    before = state
+    state, drift = gathering.next_state()
+    state.releases += len(attempts)
+    state.previous = before.tensors | before.base
     aggregated = time.perf_counter()
     record = {
         "round": round,
@@ -104,9 +166,14 @@ def _run_round(experiment: Experiment, state: State, watch: Watch, train: Train)
         "steps": attempt.steps,
         "train_loss": attempt.loss / attempt.examples,
         "lr": config.client.lr * rate_factor(config.client, (round - 0.5) / config.server.rounds),
-        "update_norm": update_norm(current, state.tensors),
+        "update_norm": update_norm(before.tensors, state.tensors),
+        "drift": drift,
+        "cohort": getattr(train, "size", 1),
         "bytes": _count_bytes(experiment, state, attempts),
     }
+    if config.privacy.clip is not None:
+        spent = epsilon(config.privacy, len(experiment.clients), experiment.clients_per_round, state.releases)
+        record["privacy"] = {"epsilon": spent, "delta": config.privacy.delta, "releases": state.releases}
     record |= evaluate_round(experiment, state)
     evaluated = time.perf_counter()
     record["seconds"] = {
@@ -114,7 +181,8 @@ def _run_round(experiment: Experiment, state: State, watch: Watch, train: Train)
         "aggregate": aggregated - trained,
         "evaluate": evaluated - aggregated,
     }
-    record["update"] = update_geometry(experiment.learner, previous, current, state.tensors)
+    values = (before.previous, state.previous, state.tensors | state.base)
+    record["update"] = update_geometry(experiment.learner, *values)
     state.seconds += evaluated - started
     return state, record
 
@@ -128,7 +196,7 @@ def evaluate_round(experiment: Experiment, state: State) -> dict[str, Any]:
     scores: dict[str, Any] = {"validation": None, "test": None}
     if not (validate or test):
         return scores
-    experiment.learner.load(state.tensors)
+    experiment.learner.load(state.tensors, state.base)
     if validate:
         scores["validation"] = score(_predict(experiment, experiment.validation))
         better = state.best is None or scores["validation"]["accuracy"] > state.best["validation"]["accuracy"]
@@ -153,26 +221,29 @@ def _predict(experiment: Experiment, examples):
     return predict(learner.model, examples, experiment.config.evaluation.batch_size, learner.device)
 
 
-def _collect(experiment: Experiment, state: State, round: int, watch: Watch, train: Train) -> list[Attempt]:
+def _collect(
+    experiment: Experiment, state: State, round: int, watch: Watch, train: Train
+) -> tuple[list[Attempt], Gathering]:
     """Trains the clients of a round in id order until an attempt, the last one returned, has enough good updates."""
     server = experiment.config.server
     attempts = []
     for number in range(server.retries + 1):
         attempt = _sample(experiment, round, number)
         attempts.append(attempt)
+        gathering = Gathering(experiment, state, round)
         silent = {*attempt.dropped, *attempt.late}
         updates = train(experiment, state, round, [c for c in attempt.sampled if c not in silent])
         for position, client in enumerate(attempt.sampled, 1):
             if client not in silent:
                 update = next(updates)
-                if (problem := problem_of(update, state.tensors)) is None:
+                if (problem := problem_of(update, gathering.current)) is None:
                     attempt.add(update)
+                    gathering.add(update)
                 else:
                     attempt.rejected.append({"client": client, "why": problem})
             watch("client", {"round": round, "client": client, "position": position, "of": len(attempt.sampled)})
         if len(attempt.completed) >= server.min_updates:
-            return attempts
-        attempt.mean = WeightedMean()
+            return attempts, gathering
     raise RunError(
         f"round {round}: got {len(attempt.completed)} good updates in the last of {server.retries + 1} attempts, "
         f"server.min_updates is {server.min_updates}; {_reasons(attempt)}; the state after round {round - 1} is saved, "
@@ -181,10 +252,15 @@ def _collect(experiment: Experiment, state: State, round: int, watch: Watch, tra
 
 
 def _sample(experiment: Experiment, round: int, number: int) -> Attempt:
-    """The clients of an attempt, in id order, and which of them fail: all functions of (seed, round, attempt)."""
-    config = experiment.config
-    rng = generator(config.seed, Purpose.SAMPLING, round=round, step=number)
-    chosen = rng.choice(len(experiment.clients), experiment.clients_per_round, replace=False)
+    """The clients of an attempt, in id order, and which of them fail: all functions of (seed, round, attempt), but for
+    who is sampled under privacy, which nobody may know."""
+    config, count, asked = experiment.config, len(experiment.clients), experiment.clients_per_round
+    private = config.privacy.clip is not None
+    rng = secret_generator() if private else generator(config.seed, Purpose.SAMPLING, round=round, step=number)
+    if private and config.privacy.sampling == "poisson":
+        chosen = np.flatnonzero(rng.random(count) < asked / count)
+    else:
+        chosen = rng.choice(count, asked, replace=False)
     attempt = Attempt(sorted(int(client) for client in chosen))
     for client in attempt.sampled:
         stream = generator(config.seed, Purpose.FAILURE, round=round, client=client, step=number)
@@ -207,21 +283,48 @@ def client_durations(experiment: Experiment) -> np.ndarray:
 
 
 def _count_bytes(experiment: Experiment, state: State, attempts: list[Attempt]) -> dict[str, int]:
-    """Traffic of a round, repeated attempts included: the trainable tensors down to every sampled client and up from
-    every one that answered, and A0, B0 once to each client that had not had them."""
-    size = sum(tensor.nbytes for tensor in state.tensors.values())
+    """Traffic of a round, repeated attempts included: down to every sampled client what changed since it was sampled
+    last (all, if it never was), up from every one that answered what it trained, and A0, B0 once to each client that
+    had not had them. SCAFFOLD's correction goes down with the model. *_per_client: means over the round's clients."""
+    learner, round = experiment.learner, state.round
     sampled = {client for attempt in attempts for client in attempt.sampled}
+    down = {client: _bytes_down(experiment, state, client) for client in sampled}
+    names = learner.names_in(round)
+    answered = [client for one in attempts for client in (*one.completed, *(item["client"] for item in one.rejected))]
+    up = [sum(learner.bytes_of(name, client) for name in names) for client in answered]
     fresh = sampled.difference(state.seen)
-    state.seen = sorted({*state.seen, *fresh})
+    state.seen = state.seen | dict.fromkeys(sampled, round)
     counts = {
-        "up_per_client": size,
-        "down_per_client": size,
-        "up": size * sum(len(attempt.completed) + len(attempt.rejected) for attempt in attempts),
-        "down": size * sum(len(attempt.sampled) for attempt in attempts),
+        "up_per_client": sum(up) // max(1, len(up)),
+        "down_per_client": sum(down.values()) // max(1, len(down)),
+        "up": sum(up),
+        "down": sum(down[client] for attempt in attempts for client in attempt.sampled),
         "broadcast": experiment.learner.broadcast.bytes * len(fresh),
     }
     state.bytes_total += counts["up"] + counts["down"] + counts["broadcast"]
     return counts | {"total": state.bytes_total}
+
+
+def _bytes_down(experiment: Experiment, state: State, client: int) -> int:
+    """What a client needs to begin state.round: of the round it was seen in last it does not know the outcome."""
+    learner, config, round = experiment.learner, experiment.config, state.round
+    method, last = learner.method, state.seen.get(client)
+    missed = range(last, round) if last is not None else None  # the rounds whose outcome it has not
+    restarted = {n for p in learner.pairs.values() for n in (p.lora_A, p.lora_B)} & {*learner.trainable}
+    names = []
+    for name in learner.trainable:
+        if config.server.aggregation == "flora" and name in restarted:
+            continue  # known to everyone: A0 and B0, or the seed's
+        changed = missed is None or any(method.changes(name, r, learner.config) for r in missed)
+        if name in learner.head or (changed and method.needs(name, round, learner.config)):
+            names.append(name)
+    size = sum(learner.bytes_of(name, client) for name in names)
+    if config.client.control_variates and round > 1:
+        size += sum(learner.bytes_of(name, client) for name in learner.names_in(round))
+    if config.server.aggregation in MOVES:
+        shapes = {pair.residual: pair.shape for pair in learner.pairs.values()}
+        size += 4 * move_values(shapes, state.moves[(last or 1) - 1 : round - 1])
+    return size
 
 
 def _reasons(attempt: Attempt) -> str:

@@ -15,15 +15,17 @@ from federa.checkpoint import (
     newest_checkpoint,
     save_checkpoint,
 )
+from federa.cohort import Cohorts, choose_size
+from federa.combinations import MOVES
 from federa.config import FREE_KEYS, Config, anchored, config_digest, load_config
 from federa.errors import InputError
 from federa.experiment import Experiment, build
-from federa.export import export_peft, has_adapters
+from federa.export import adapter_problem, export_peft
 from federa.folder import RunFolder, environment
 from federa.methods import Broadcast
 from federa.partition import label_counts
 from federa.records import read_run
-from federa.rounds import Watch, evaluate_round, run_rounds, test_scores
+from federa.rounds import Watch, evaluate_round, run_rounds, test_scores, train_in_turn
 
 
 @dataclass(frozen=True)
@@ -101,7 +103,7 @@ def restore(output: str | Path, round: int | None = None) -> tuple[Experiment, S
     experiment = build(config, Broadcast.load(folder.init_file))
     chosen = saved[-1] if round is None else round
     state = load_checkpoint(folder, chosen, experiment.digest, experiment.learner.state())
-    experiment.learner.load(state.tensors)
+    experiment.learner.load(state.tensors, state.base)
     return experiment, state
 
 
@@ -137,19 +139,22 @@ def _train(folder: RunFolder, config: Config, watch: Watch) -> RunResult:
     if state is None:
         state = _begin(experiment, folder)
     folder.rewind_metrics(state.round)
-    watch("ready", {"experiment": experiment, "state": state})
-    state = run_rounds(experiment, folder, state, watch)
+    cohort = folder.metrics()[-1].get("cohort") or folder.read_json(folder.environment_file, ("cohort",))["cohort"]
+    watch("ready", {"experiment": experiment, "state": state, "cohort": cohort})
+    state = run_rounds(experiment, folder, state, watch, Cohorts(cohort) if cohort > 1 else train_in_turn)
     return _conclude(experiment, folder, state, watch)
 
 
 def _recorded_device(folder: RunFolder) -> str:
     """The device that the run began on; takes its number of CPU threads too, since sums depend on both."""
-    facts = folder.read_json(folder.environment_file, ("threads", "device"))
+    facts = folder.read_json(folder.environment_file, ("threads", "device", "cohort"))
     threads, device = facts["threads"], facts["device"]
     if not isinstance(threads, int) or threads < 1:
         raise InputError(f"{folder.environment_file}: threads must be a positive integer, got {threads!r}")
     if device not in ("cpu", "cuda", "mps"):
         raise InputError(f"{folder.environment_file}: device must be cpu, cuda or mps, got {device!r}")
+    if not isinstance(facts["cohort"], int) or facts["cohort"] < 1:
+        raise InputError(f"{folder.environment_file}: cohort must be a positive integer, got {facts['cohort']!r}")
     torch.set_num_threads(threads)
     return device
 
@@ -158,7 +163,8 @@ def _begin(experiment: Experiment, folder: RunFolder) -> State:
     """Writes what is known before the first round; init.safetensors last, so that it stands for all of it."""
     learner = experiment.learner
     folder.write_config(experiment.config)
-    facts = environment(str(learner.device), torch.get_num_threads()) | {"adapt_seconds": experiment.adapt_seconds}
+    facts = environment(str(learner.device), torch.get_num_threads(), choose_size(experiment))
+    facts["adapt_seconds"] = experiment.adapt_seconds
     folder.write_json(folder.environment_file.name, facts)
     labels, partition = experiment.corpus.label_names, experiment.partition
     counts = label_counts(partition.indices, experiment.train.labels, len(labels))
@@ -166,7 +172,8 @@ def _begin(experiment: Experiment, folder: RunFolder) -> State:
     facts |= {"counts": counts.tolist(), "names": partition.names, "data": experiment.data_digest()}
     folder.write_json(folder.partition_file.name, facts)
     learner.broadcast.save(folder.init_file)
-    state = State(0, learner.state())
+    moves = experiment.config.server.aggregation in MOVES
+    state = State(0, learner.state(), base=learner.base() if moves else {})
     folder.rewind_metrics(-1)
     folder.append_metrics({"round": 0} | evaluate_round(experiment, state))
     save_checkpoint(folder, state, experiment.digest)
@@ -181,13 +188,14 @@ def _conclude(experiment: Experiment, folder: RunFolder, state: State, watch: Wa
     best = state.best
     records = folder.metrics()
     if best is not None and best["round"] != state.round:
-        learner.load(load_checkpoint(folder, best["round"], experiment.digest, learner.state()).tensors)
+        chosen = load_checkpoint(folder, best["round"], experiment.digest, learner.state())
+        learner.load(chosen.tensors, chosen.base)
         best = best | {"test": test_scores(experiment)}
-    learner.load(state.tensors)
+    learner.load(state.tensors, state.base)
     test = test_scores(experiment)
     if best is not None and best["round"] == state.round:
         best = best | {"test": test}
-    if has_adapters(experiment):
+    if adapter_problem(experiment) is None:
         export_peft(experiment, folder.adapter)
     trainable = sum(parameter.numel() for parameter in learner.trainable.values())
     facts = {
@@ -212,5 +220,6 @@ def _conclude(experiment: Experiment, folder: RunFolder, state: State, watch: Wa
 def parameter_count(experiment: Experiment) -> int:
     """Parameters of the model before it was adapted: what sending the whole model would cost."""
     model = experiment.learner.model
-    extra = sum(p.numel() for name, p in model.named_parameters() if ".lora_" in name)
+    added = (".lora_", ".sparse", ".bottleneck.")
+    extra = sum(p.numel() for name, p in model.named_parameters() if any(part in name for part in added))
     return sum(parameter.numel() for parameter in model.parameters()) - extra

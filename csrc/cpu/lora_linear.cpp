@@ -384,13 +384,18 @@ void narrow_product(int planes, const bf16* x, const bf16* p, Index steps, float
         _mm512_storeu_ps(sums + i, _mm512_add_ps(_mm512_loadu_ps(sums + i), _mm512_load_ps(small + i)));
 }
 
-// Rows from..to of 32 x 32 sums in four tiles.
-void add_rows(float (*sums)[256], const float (*other)[256], Index from, Index to) {
+// 32 x 32 sums in four tiles.
+void add_all(float (*sums)[256], const float (*other)[256]) {
+    for (Index t = 0; t < 4; ++t)
+        for (Index i = 0; i < 256; i += 16)
+            _mm512_store_ps(sums[t] + i, _mm512_add_ps(_mm512_load_ps(sums[t] + i), _mm512_load_ps(other[t] + i)));
+}
+
+// Their rows from..to.
+void copy_rows(float (*sums)[256], const float (*other)[256], Index from, Index to) {
     for (Index row = from; row < to; ++row)
-        for (Index t = row / 16 * 2; t < row / 16 * 2 + 2; ++t) {
-            float* line = sums[t] + row % 16 * 16;
-            _mm512_store_ps(line, _mm512_add_ps(_mm512_load_ps(line), _mm512_load_ps(other[t] + row % 16 * 16)));
-        }
+        for (Index t = row / 16 * 2; t < row / 16 * 2 + 2; ++t)
+            std::memcpy(sums[t] + row % 16 * 16, other[t] + row % 16 * 16, 64);
 }
 
 // rows x columns at the corner of a tile in `buffer`, to or from memory.
@@ -670,10 +675,10 @@ class Task {
                  const bf16* h_tiles, Index tiles, const bf16* up) {
         const Index p_planes = planes_of(p.kind), panels = blocks(p.columns, SIDE);
         const Index up_panel = job_.up_panel(p);
-        alignas(64) float starts[4][256], stops[4][256], lows[4][256];
+        alignas(64) float starts[4][256], stops[4][256], tops[4][256];
         constexpr Source zero[4] = {};
         float* const all_stops[4] = {stops[0], stops[1], stops[2], stops[3]};
-        float* const all_lows[4] = {lows[0], lows[1], lows[2], lows[3]};
+        float* const all_tops[4] = {tops[0], tops[1], tops[2], tops[3]};
         for (Index n = group_ * panels / job_.column_groups; n < (group_ + 1) * panels / job_.column_groups; ++n) {
             const bf16* panel = static_cast<const bf16*>(p.packed) + (n * job_.steps() + step) * p_planes * 2 * TILE;
             const auto extra_of = [&](Index i) {
@@ -682,8 +687,8 @@ class Task {
             for (Index s = 0; s < strips_; ++s) {
                 const Index row = begin_ + s * SIDE, column = n * SIDE;
                 const Index first = first_share_[s], shares = h_tiles && p.rank ? first_share_[s + 1] - first : 0;
-                // One client's product goes on top. Several clients' are kept apart: zeros in the rows of one times
-                // what another made infinite would be NaN.
+                // One client's product goes on top. Of several each goes on top of a copy, of which its own rows are
+                // kept: the bits are those of a client alone, and what another made infinite stays in the other's rows.
                 const Extra extra = shares == 1 ? extra_of(first) : Extra{};
                 // Stretches of a deep product are summed apart, or its rounding would grow with the depth.
                 const bool apart = !begin && job_.depth > 4096;
@@ -699,13 +704,14 @@ class Task {
                 block_product(job_.kind, static_cast<int>(p_planes), x + s * strip, panel, steps, &extra, shares == 1,
                               job_.rank_blocks(p), apart ? zero : start, stop, direct ? p.columns * 4 : 64);
                 if (direct) continue;
-                if (apart) add_rows(stops, starts, 0, SIDE);
                 for (Index i = first; shares > 1 && i < first + shares; ++i) {
-                    const Extra low = extra_of(i);
-                    block_product(job_.kind, static_cast<int>(p_planes), nullptr, nullptr, 0, &low, 1,
-                                  job_.rank_blocks(p), zero, all_lows, 64);
-                    add_rows(stops, lows, shares_[i].from, shares_[i].to);
+                    const Extra own = extra_of(i);
+                    const Source sums[4] = {{stops[0], 64}, {stops[1], 64}, {stops[2], 64}, {stops[3], 64}};
+                    block_product(job_.kind, static_cast<int>(p_planes), nullptr, nullptr, 0, &own, 1,
+                                  job_.rank_blocks(p), sums, all_tops, 64);
+                    copy_rows(stops, tops, shares_[i].from, shares_[i].to);
                 }
+                if (apart) add_all(stops, starts);
                 for (int t = 0; t < 4; ++t) {
                     const Index r = row + t / 2 * 16, c = column + t % 2 * 16;
                     if (r < end_ && c < p.columns)

@@ -94,10 +94,10 @@ OVERRIDES = {
     "huge integer": (f"seed={'9' * 5000}", "seed must have a YAML value"),
     "alpha of 0": ("partition.alpha=0", "partition.alpha must be greater than 0, got 0"),
     "negative alpha": ("method.alpha=-1.5", "method.alpha must be greater than 0, got -1.5"),
-    "unknown choice": ("method.name=dora", "method.name must be 'federa', 'lora', 'head-only' or 'full', got 'dora'"),
+    "unknown choice": ("method.name=dora", "'full' or 'head-only', got 'dora'; did you mean lora?"),
     "one of two betas": ("client.betas=[0.9]", "client.betas must be a list of 2 numbers in [0, 1), got [0.9]"),
     "betas as text": ("server.betas=['0.9', 0.9]", "server.betas must be a list of 2 numbers in [0, 1), got '0.9'"),
-    "cohort": ("run.cohort=true", "run.cohort must be auto or 1, got true"),
+    "cohort": ("run.cohort=true", "run.cohort must be auto or a number of clients, got true"),
     "module list": (
         "method.target_modules=[1]",
         "method.target_modules must be a string or a list of strings, got [1]",

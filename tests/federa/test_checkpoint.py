@@ -32,7 +32,10 @@ def state_of(round: int, best: int | None = None) -> State:
     tensors = {name: torch.randn(tensor.shape, generator=rng) for name, tensor in TEMPLATE.items()}
     server = {f"m.{name}": tensor * 2 for name, tensor in tensors.items()}
     facts = None if best is None else {"round": best, "validation": {"loss": 0.1, "accuracy": 1 / 3}}
-    return State(round, tensors, server, [0, 3], 123, 4.5, facts)
+    base = {"base.residual": torch.randn(3, 2, generator=rng)}
+    variates = {7: {"a": torch.randn(2, 3, generator=rng)}, 11: {"a": torch.randn(2, 3, generator=rng)}}
+    moves = [{"base.residual": 4}] * round
+    return State(round, tensors, server, base, variates, {0: 1, 3: 2}, moves, 5, 123, 4.5, facts)
 
 
 @pytest.fixture
@@ -44,10 +47,12 @@ def test_states_come_back_bit_for_bit(folder):
     saved = state_of(7, best=5)
     save_checkpoint(folder, saved, "digest")
     loaded = load_checkpoint(folder, 7, "digest", TEMPLATE)
-    for group in ("tensors", "server"):
+    for group in ("tensors", "server", "base"):
         assert getattr(loaded, group).keys() == getattr(saved, group).keys()
         assert all(torch.equal(getattr(loaded, group)[n], t) for n, t in getattr(saved, group).items())
-    assert (loaded.round, loaded.seen, loaded.bytes_total, loaded.seconds) == (7, [0, 3], 123, 4.5)
+    assert (loaded.round, loaded.seen, loaded.bytes_total, loaded.seconds) == (7, {0: 1, 3: 2}, 123, 4.5)
+    assert loaded.moves == saved.moves and loaded.releases == 5 and loaded.variates.keys() == {7, 11}
+    assert all(torch.equal(loaded.variates[client]["a"], own["a"]) for client, own in saved.variates.items())
     assert loaded.best == saved.best
 
 

@@ -1,16 +1,19 @@
 """The round loop: whom it samples, what it makes of their updates, what it scores, counts and records."""
 
+import gc
+import weakref
+
 import numpy as np
 import pytest
 import torch
 
 from federa.checkpoint import State, checkpoint_rounds
-from federa.client import train_client
+from federa.client import ClientUpdate, train_client
 from federa.config import changed, config_digest
 from federa.experiment import build
 from federa.folder import RunFolder
 from federa.randomness import Purpose, generator
-from federa.rounds import Attempt, client_durations, evaluate_round, run_rounds
+from federa.rounds import Gathering, client_durations, evaluate_round, run_rounds
 from federa.rounds import test_scores as final_scores
 from federa.tasks import Predictions, client_scores, mean_features, predict, score
 
@@ -103,7 +106,8 @@ def test_bytes_by_hand(usual):
         expected["broadcast"] = 4 * adapters * len(fresh)
         total += 4 * size + expected["broadcast"]
         assert record["bytes"] == expected | {"total": total}
-    assert state.seen == sorted(seen) and state.bytes_total == total
+    last = {client: max(r["round"] for r in records if client in r["sampled"]) for client in seen}
+    assert state.seen == last and state.bytes_total == total
 
 
 def test_dropped_clients_get_the_tensors_and_send_nothing(go):
@@ -246,13 +250,19 @@ def test_checkpoints_fall_due(tiny_config, tmp_path):
     assert improved[-1] == state.best["round"] and len(config_digest(config)) == 64
 
 
-def test_attempts_keep_no_updates(usual):
-    """What a round holds on to is one running sum, however many clients it has."""
-    from federa.client import ClientUpdate
+def test_gathering_keeps_no_updates(usual):
+    """Without drift, what a round holds on to is one running sum, however many clients it has."""
+    from dataclasses import replace
 
-    attempt = Attempt([0, 1])
+    experiment, state, _, _ = usual
+    experiment = replace(experiment, config=changed(experiment.config, evaluation={"drift": False}))
+    gathering, alive = Gathering(experiment, state, 1), []
     for client in range(2):
-        attempt.add(ClientUpdate(client, 1, 1, {"w": torch.full((3,), float(client))}, {"loss": 1.0}))
-    held = [value for value in vars(attempt).values() if isinstance(value, list)]
-    assert not any(isinstance(item, ClientUpdate) for value in held for item in value)
-    assert attempt.mean.result({"w": torch.zeros(3)})["w"].tolist() == [0.5] * 3
+        tensors = {name: torch.full_like(tensor, float(client)) for name, tensor in state.tensors.items()}
+        alive += [weakref.ref(tensor) for tensor in tensors.values()]
+        gathering.add(ClientUpdate(client, 1, 1, tensors, {"loss": 1.0}))
+        del tensors
+    gc.collect()
+    assert not [ref for ref in alive if ref() is not None]
+    following, drift = gathering.next_state()
+    assert drift is None and all((tensor == 0.5).all() for tensor in following.tensors.values())
