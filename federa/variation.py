@@ -15,7 +15,9 @@ DEFINITION = (
     "of every adapted layer, w_t − w_{t−1} of every other trained tensor of the backbone; the task head counts only "
     "where nothing else trains. Magnitude variation: | ‖U_t‖ / ‖U_{t−1}‖ − 1 |. Direction variation: "
     "1 − cos(U_t, U_{t−1}), 0 for the same direction, 1 for a right angle, 2 for a reversal. ‖·‖ and cos are "
-    "Frobenius, over all weights together. A falling learning rate shrinks U_t, so only runs of one schedule compare."
+    "Frobenius, over all weights together. A falling learning rate shrinks U_t, so only runs of one schedule compare. "
+    "Drift: how far the averaged factors are off the clients' mean product, "
+    "s ‖Σ_c p_c B_c A_c − B_t A_t‖ / s ‖Σ_c p_c B_c A_c − B_{t−1} A_{t−1}‖, where that is measured."
 )
 
 

@@ -189,7 +189,7 @@ class Study:
         own = self.config.datasets[kind.dataset].baselines
         names = self.config.baselines if own is None else own
         alphas = self.alphas(kind)
-        return [(name, alpha) for name in names for alpha in (alphas if _depends_on_alpha(name) else alphas[:1])]
+        return [(name, alpha) for name in names for alpha in (alphas if depends_on_alpha(name) else alphas[:1])]
 
     def run_config(self, cell: Cell) -> Config:
         """The cell's run: base, model, dataset, method, then the cell's own values."""
@@ -263,7 +263,8 @@ def point_text(point: Point) -> str:
     return ", ".join(f"{key} {value:g}" for key, value in point) or "as configured"
 
 
-def _depends_on_alpha(baseline: str) -> bool:
+def depends_on_alpha(baseline: str) -> bool:
+    """Whether a baseline hears of who holds what."""
     return baseline in ("local", "head-only")
 
 

@@ -1,14 +1,12 @@
 """A study's folder -> study.html, study.csv and sweep.csv, written again at any time."""
 
-from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 from federa import page
-from federa.figures import QUIET, Level, Line, draw_accuracy, draw_amounts, run_style
 from federa.folder import write_atomic
 from federa.page import duration, escape, megabytes, number, percent
-from federa.study.grid import ONLY, Kind, point_text
+from federa.study import pictures
+from federa.study.grid import point_text
 from federa.study.results import (
     CONFIDENCE,
     Estimate,
@@ -16,6 +14,7 @@ from federa.study.results import (
     Row,
     estimate,
     paired,
+    place_of,
     read_study,
     study_csv,
     sweep_csv,
@@ -23,25 +22,8 @@ from federa.study.results import (
 from federa.study.runner import StudyFolder, edge_warning
 from federa.variation import DEFINITION
 
-FIGURES = 40  # curves shown; keeps the page well under 5 MiB
-BANDS = 4  # methods with bands around their curves; more would hide each other
+FIGURES = 24  # of curves and of variations; keeps the page well under 5 MiB
 MINUS = "−"
-
-
-class Setting(NamedTuple):
-    """What methods are compared in."""
-
-    model: str
-    dataset: str
-    alpha: float
-
-    @property
-    def title(self) -> str:
-        return f"{self.place}, alpha {self.alpha:g}"
-
-    @property
-    def place(self) -> str:
-        return self.dataset if self.model == ONLY else f"{self.dataset}, {self.model}"
 
 
 def is_study(path: str | Path) -> bool:
@@ -93,46 +75,20 @@ def _rivals(results: Results) -> list[str]:
     return list(results.study.config.methods)[1:]
 
 
-def _settings(results: Results) -> list[Setting]:
-    """Those with a finished run, in the study's order."""
-    settings = {}
-    for kind in results.study.kinds:
-        for alpha in results.study.alphas(kind):
-            if results.of(kind, alpha):
-                settings[Setting(kind.model, kind.dataset, alpha)] = None
-    return list(settings)
-
-
-def _kinds(results: Results, setting: Setting) -> list[Kind]:
-    """The methods with finished runs in a setting."""
-    kinds = [kind for kind in results.study.kinds if kind[:2] == setting[:2]]
-    return [kind for kind in kinds if results.of(kind, setting.alpha)]
-
-
-def _style(results: Results, kind: Kind) -> tuple[str, str]:
-    return run_style(list(results.study.config.methods).index(kind.method))
-
-
-def _mean(results: Results, kind: Kind, alpha: float, fact: str = "test") -> Estimate:
-    found = estimate(row.facts[fact] for row in results.of(kind, alpha))
-    assert found is not None  # a finished run has a test score
-    return found
-
-
 def _outcome(results: Results) -> str:
     """What the grid says of its first method, wins and losses alike."""
     reference = next(iter(results.study.config.methods))
     leads, behind, above, below, zero = 0, [], 0, 0, 0
     compared = 0
-    for setting in _settings(results):
-        kinds = {kind.method: kind for kind in _kinds(results, setting)}
+    for setting in results.settings():
+        kinds = {kind.method: kind for kind in results.kinds(setting)}
         own = kinds.pop(reference, None)
         if own is None or not kinds:
             continue
         compared += 1
-        means = {name: _mean(results, kind, setting.alpha).mean for name, kind in kinds.items()}
+        means = {name: results.mean(kind, setting.alpha).mean for name, kind in kinds.items()}
         best = max(means, key=means.__getitem__)
-        lead = _mean(results, own, setting.alpha).mean - means[best]
+        lead = results.mean(own, setting.alpha).mean - means[best]
         leads += lead > 0
         if lead <= 0:
             by = f"{best} by {100 * -lead:.1f} points" if lead <= -5e-4 else f"level with {best}"
@@ -158,12 +114,12 @@ def _outcome(results: Results) -> str:
 
 def _against_probe(results: Results) -> str:
     """Where no method gets past a logistic regression on frozen features, which has seen all the data."""
-    settings = _settings(results)
-    probes = {setting: row for setting in settings for row in _yardsticks(results, setting) if row[0] == "linear-probe"}
+    settings = results.settings()
+    probes = {setting: row for setting in settings for row in results.yardsticks(setting) if row[0] == "linear-probe"}
     below = [
         setting.title
         for setting, (_, score, _) in probes.items()
-        if all(_mean(results, kind, setting.alpha).mean <= score for kind in _kinds(results, setting))
+        if all(results.mean(kind, setting.alpha).mean <= score for kind in results.kinds(setting))
     ]
     if not probes:
         return ""
@@ -204,11 +160,11 @@ def _interval(value: Estimate | None, scale: float = 100, digits: int = 1) -> st
 
 def _scores(results: Results) -> str:
     parts = []
-    for place, settings in _by_place(results):
+    for place, settings in results.places().items():
         rows = []
         for setting in settings:
-            for kind in _kinds(results, setting):
-                test = _mean(results, kind, setting.alpha)
+            for kind in results.kinds(setting):
+                test = results.mean(kind, setting.alpha)
                 worst = estimate(row.facts["worst_client"] for row in results.of(kind, setting.alpha))
                 rows.append(
                     (
@@ -223,7 +179,7 @@ def _scores(results: Results) -> str:
                 )
             rows += [
                 (f"{setting.alpha:g}", escape(name), page.bar(score), "", "", "", escape(note))
-                for name, score, note in _yardsticks(results, setting)
+                for name, score, note in results.yardsticks(setting)
             ]
         metric = results.metric(settings[0].dataset)
         interval = f"{percent(CONFIDENCE, 0)} interval"
@@ -231,35 +187,19 @@ def _scores(results: Results) -> str:
         parts.append(f"<h3>{escape(place)}</h3>" + page.table(columns, rows, numeric=(0, 3, 4, 5)))
     note = (
         "Means over seeds of the score after the last round. Spread: the sample standard deviation, in points. Worst "
-        "client: the mean over seeds of the lowest accuracy on a client's own share of the test set. pooled: one site "
-        "with all the data; local: every client alone. They stand once for a data set, with the first method and seed."
+        "client: the mean over seeds of the lowest score on a client's own share of the test set. Yardsticks stand "
+        "once for a data set, with the first method and seed. pooled: one site with all the data. local: every client "
+        "alone, each on its own share of the test set, which is the easier the fewer labels it has: not what the "
+        "others are scored on."
     )
     return "".join(parts) + f'<p class="note">{note}</p>'
-
-
-def _by_place(results: Results) -> list[tuple[str, list[Setting]]]:
-    places: dict[str, list[Setting]] = {}
-    for setting in _settings(results):
-        places.setdefault(setting.place, []).append(setting)
-    return list(places.items())
-
-
-def _yardsticks(results: Results, setting: Setting) -> list[tuple[str, float, str]]:
-    """(name, test score, note) of a setting's baselines; one that does not depend on alpha stands in all."""
-    metric, found = results.metric(setting.dataset), []
-    for (model, dataset, name, alpha), row in results.baselines.items():
-        if (model, dataset) == setting[:2] and row.get(metric) is not None:
-            own = [a for m, d, n, a in results.baselines if (m, d, n) == (model, dataset, name)]
-            if alpha == setting.alpha or len(own) == 1:
-                found.append((name, row[metric], row["note"]))
-    return found
 
 
 def _differences(results: Results) -> str:
     reference = next(iter(results.study.config.methods))
     rows = []
-    for setting in _settings(results):
-        kinds = {kind.method: kind for kind in _kinds(results, setting)}
+    for setting in results.settings():
+        kinds = {kind.method: kind for kind in results.kinds(setting)}
         for rival in _rivals(results):
             if reference in kinds and rival in kinds:
                 one, other = (results.of(kinds[name], setting.alpha) for name in (reference, rival))
@@ -280,89 +220,30 @@ def _differences(results: Results) -> str:
 
 
 def _against_alpha(results: Results) -> str:
-    pictures = []
-    for place, settings in _by_place(results):
-        alphas = [setting.alpha for setting in settings]
-        if len(alphas) < 2:
-            continue
-        lines = []
-        kinds = {kind: None for setting in settings for kind in _kinds(results, setting)}
-        for index, kind in enumerate(kinds):
-            apart = 1.04 ** (index - (len(kinds) - 1) / 2)  # so that intervals do not hide each other
-            known = [(alpha, _mean(results, kind, alpha)) for alpha in alphas if results.of(kind, alpha)]
-            bounds = [[value.mean if end is None else end for _, value in known for end in [getattr(value, side)]]
-                      for side in ("low", "high")]  # fmt: skip
-            x, y = [alpha * apart for alpha, _ in known], [value.mean for _, value in known]
-            clipped = [[min(max(end, 0), 1) for end in ends] for ends in bounds]
-            lines.append(Line(kind.method, x, y, *_style(results, kind), *clipped))
-        local = [
-            (alpha, row)
-            for (*where, name, alpha), row in results.baselines.items()
-            if name == "local" and (*where,) == settings[0][:2]
-        ]
-        metric = results.metric(settings[0].dataset)
-        if known := [(alpha, row[metric]) for alpha, row in sorted(local, key=lambda pair: pair[0]) if row.get(metric)]:
-            lines.append(Line("local", [alpha for alpha, _ in known], [score for _, score in known], QUIET, ":"))
-        levels = [level for level in _levels(results, settings[-1]) if not level.label.startswith("local")]
-        xlabel = "alpha, more alike clients to the right"
-        picture = draw_accuracy(lines, xlabel, f"{place}: test {metric}", levels, alphas)
-        pictures.append((picture, f"Test {metric} on {place} against alpha"))
-    if not pictures:
+    if not (figures := pictures.against_alpha(results)):
         return "<p>One alpha: nothing to compare it with.</p>"
     note = (
         f"Means over seeds with {percent(CONFIDENCE, 0)} intervals as bars, cut at 0 and 100 %; one seed has none. "
         "Dotted: every client alone. Thin lines: the other yardsticks."
     )
-    return page.figures(pictures) + f'<p class="note">{note}</p>'
-
-
-def _levels(results: Results, setting: Setting) -> list[Level]:
-    return [Level(f"{name}, test", score) for name, score, _ in _yardsticks(results, setting)]
+    return page.figures(figures) + f'<p class="note">{note}</p>'
 
 
 def _curves(results: Results) -> str:
-    pictures = []
-    settings = _settings(results)
-    for setting in settings[:FIGURES]:
-        metric = results.metric(setting.dataset)
-        lines = [
-            line
-            for kind in _kinds(results, setting)
-            if (
-                line := _mean_line(
-                    results, kind, setting.alpha, [row.validation for row in results.of(kind, setting.alpha)]
-                )
-            )
-        ]
-        if lines:
-            picture = draw_accuracy(lines, "round", f"{setting.title}: validation {metric}", _levels(results, setting))
-            pictures.append((picture, f"Validation {metric} by round on {setting.title}"))
-    left_out = (
-        f" The first {FIGURES} of {len(settings)} settings; study.csv holds all." if len(settings) > FIGURES else ""
-    )
-    bands = "; bands reach from the lowest to the highest seed" if len(results.study.config.methods) <= BANDS else ""
-    note = f"Means over seeds{bands}. Thin lines: yardsticks, on the test set."
-    return page.figures(pictures) + f'<p class="note">{note}{left_out}</p>'
-
-
-def _mean_line(results: Results, kind: Kind, alpha: float, curves: Sequence) -> Line | None:
-    """The mean of the seeds' curves over the rounds that all of them have."""
-    shared = sorted(set.intersection(*(set(curve) for curve in curves))) if curves else []
-    if not shared:
-        return None
-    values = [[curve[round] for curve in curves] for round in shared]
-    ends = ([min(row) for row in values], [max(row) for row in values]) if len(curves) > 1 else (None, None)
-    mean = [sum(row) / len(row) for row in values]
-    if len(results.study.config.methods) > BANDS:
-        ends = (None, None)
-    return Line(kind.method, shared, mean, *_style(results, kind), *ends)
+    figures = pictures.curves(results)
+    more = len(figures) > FIGURES
+    left_out = f" The first {FIGURES} of {len(figures)} settings; the runs' folders hold all." if more else ""
+    banded = len(results.study.config.methods) <= pictures.BANDS
+    bands = "; bands reach from the lowest to the highest seed" if banded else ""
+    note = f"Means over seeds{bands}. Thin lines: yardsticks, on the test set.{left_out}"
+    return page.figures(figures[:FIGURES]) + f'<p class="note">{note}</p>'
 
 
 def _to_target(results: Results) -> str:
     rows = []
-    for setting in _settings(results):
+    for setting in results.settings():
         target = results.study.target(setting.dataset)
-        for kind in _kinds(results, setting) if target else ():
+        for kind in results.kinds(setting) if target else ():
             runs = results.of(kind, setting.alpha)
             reached = [row for row in runs if row.facts["rounds_to_target"] is not None]
             means = {
@@ -394,34 +275,18 @@ def _to_target(results: Results) -> str:
 
 
 def _variation(results: Results) -> str:
-    pictures, rows = [], []
-    titles = ("magnitude variation", "direction variation")
-    for setting in _settings(results):
-        kinds = _kinds(results, setting)
-        for which, title in enumerate(titles, 1):
-            lines = []
-            for kind in kinds:
-                curves = [
-                    {round: values[which] for round, values in row.updates.items() if values[which] is not None}
-                    for row in results.of(kind, setting.alpha)
-                ]
-                if line := _mean_line(results, kind, setting.alpha, curves):
-                    lines.append(line)
-            if lines and len(pictures) < FIGURES:
-                picture = draw_amounts(lines, "round", f"{setting.title}: {title}")
-                pictures.append((picture, f"The updates' {title} by round on {setting.title}"))
-        for kind in kinds:
+    rows = []
+    facts = ("update_norm", "magnitude_variation", "direction_variation", "drift")
+    for setting in results.settings():
+        for kind in results.kinds(setting):
             runs = results.of(kind, setting.alpha)
-            facts = ("update_norm", "magnitude_variation", "direction_variation", "drift")
             means = [estimate(row.facts[fact] for row in runs) for fact in facts]
             shown = (number(found and found.mean, "{:.3g}".format) for found in means)
             rows.append((escape(setting.title), escape(kind.method), *shown))
     columns = ("Setting", "Method", "Update norm", "Magnitude variation", "Direction variation", "Drift")
-    if not any(row[-1] != "–" for row in rows):
-        columns, rows = columns[:-1], [row[:-1] for row in rows]
-    table = page.table(columns, rows, numeric=range(2, len(columns)))
-    definition = f'<p class="note">{escape(DEFINITION)} The table gives means over rounds and seeds.</p>'
-    return definition + table + page.figures(pictures)
+    note = f'<p class="note">{escape(DEFINITION)} The table gives means over rounds and seeds.</p>'
+    figures = pictures.variation(results)[:FIGURES]
+    return note + page.table(columns, rows, numeric=range(2, 6)) + page.figures(figures)
 
 
 def _costs(results: Results) -> str:
@@ -437,7 +302,7 @@ def _costs(results: Results) -> str:
         trained, total = facts["trainable_parameters"], facts["total_parameters"]
         rows.append(
             (
-                escape(Setting(kind.model, kind.dataset, 1).place),
+                escape(place_of(kind.model, kind.dataset)),
                 escape(kind.method),
                 f"{trained:,}",
                 percent(trained / total, 2),
@@ -470,14 +335,14 @@ def _sweep(results: Results) -> str:
     for kind, choice in results.choices.items():
         for point, score in choice.tried or [(choice.point, None)]:
             chosen = "chosen" if point == choice.point else ""
-            place = Setting(kind.model, kind.dataset, 1).place
+            place = place_of(kind.model, kind.dataset)
             shown = page.bar(score) if score is not None else "failed" if choice.tried else "not swept"
             rows.append((escape(place), escape(kind.method), escape(point_text(point)), shown, chosen))
     note = (
         f"Mean score on the validation split after the last round, over alphas and seeds of the sweep "
         f"({escape(_sweep_of(results))}). The highest is taken, of equal ones the lowest rate."
     )
-    parts += [page.figures(_sweep_pictures(results))]
+    parts += [page.figures(pictures.sweep(results))]
     columns = ("Data", "Method", "Tried", "Validation", "")
     table = page.table(columns, rows)
     parts += [table if len(rows) <= 24 else page.details("Every point tried", table)]
@@ -492,23 +357,6 @@ def _sweep_of(results: Results) -> str:
     rounds = study.config.sweep.rounds
     length = f"{rounds} rounds" if rounds else "as many rounds as the grid"
     return f"alpha {', '.join(f'{a:g}' for a in alphas)}; seed {', '.join(map(str, seeds))}; {length}"
-
-
-def _sweep_pictures(results: Results) -> Iterable[tuple[bytes, str]]:
-    """One figure a place and swept key, of the methods that sweep this key alone."""
-    groups: dict[tuple[str, str], list[Line]] = {}
-    for kind, choice in results.choices.items():
-        known = [(point[0][1], score) for point, score in choice.tried if score is not None and len(point) == 1]
-        if len(known) > 1 and all(rate > 0 for rate, _ in known):
-            key, place = choice.point[0][0], Setting(kind.model, kind.dataset, 1).place
-            line = Line(kind.method, [x for x, _ in known], [y for _, y in known], *_style(results, kind))
-            groups.setdefault((place, key), []).append(line)
-    for (place, key), lines in groups.items():
-        ticks = sorted({x for line in lines for x in line.x})
-        yield (
-            draw_accuracy(lines, key, f"{place}: validation", ticks=ticks),
-            f"Validation score on {place} against {key}",
-        )
 
 
 def _every_run(results: Results) -> str:

@@ -12,7 +12,7 @@ import numpy as np
 
 from federa.config import ClientConfig, Config
 from federa.folder import RunFolder
-from federa.study.grid import Cell, Choice, Kind, Study, load_study
+from federa.study.grid import ONLY, Cell, Choice, Kind, Study, depends_on_alpha, load_study
 from federa.study.runner import StudyFolder, choose, score_of
 
 CONFIDENCE = 0.95
@@ -49,6 +49,23 @@ class Estimate(NamedTuple):
     count: int
 
 
+class Setting(NamedTuple):
+    """What methods are compared in."""
+
+    model: str
+    dataset: str
+    alpha: float
+
+    @property
+    def title(self) -> str:
+        return f"{place_of(self.model, self.dataset)}, alpha {self.alpha:g}"
+
+
+def place_of(model: str, dataset: str) -> str:
+    """A data set, and its model where a study names models."""
+    return dataset if model == ONLY else f"{dataset}, {model}"
+
+
 class Results(NamedTuple):
     study: Study
     path: Path
@@ -67,6 +84,37 @@ class Results(NamedTuple):
         """What the dataset's runs are judged by."""
         known = (row.facts["metric"] for row in self.rows if row.cell.kind.dataset == dataset)
         return next((metric for metric in known if metric), "score")
+
+    def settings(self) -> list[Setting]:
+        """Those with a finished run, in the study's order."""
+        kinds = [(kind, alpha) for kind in self.study.kinds for alpha in self.study.alphas(kind)]
+        return list(dict.fromkeys(Setting(*kind[:2], alpha) for kind, alpha in kinds if self.of(kind, alpha)))
+
+    def places(self) -> dict[str, list[Setting]]:
+        """The settings of every data set and model."""
+        places: dict[str, list[Setting]] = {}
+        for setting in self.settings():
+            places.setdefault(place_of(setting.model, setting.dataset), []).append(setting)
+        return places
+
+    def kinds(self, setting: Setting) -> list[Kind]:
+        """The methods with finished runs in a setting."""
+        return [kind for kind in self.study.kinds if kind[:2] == setting[:2] and self.of(kind, setting.alpha)]
+
+    def mean(self, kind: Kind, alpha: float) -> "Estimate":
+        """Of the test scores of a kind with finished runs at this alpha."""
+        found = estimate(row.facts["test"] for row in self.of(kind, alpha))
+        assert found is not None
+        return found
+
+    def yardsticks(self, setting: Setting) -> list[tuple[str, float, str]]:
+        """(name, test score, note) of a setting's baselines; one that does not depend on alpha stands in all."""
+        metric, found = self.metric(setting.dataset), []
+        for (*place, name, alpha), row in self.baselines.items():
+            stands = alpha == setting.alpha or not depends_on_alpha(name)
+            if stands and (*place,) == setting[:2] and row.get(metric) is not None:
+                found.append((name, row[metric], row["note"]))
+        return found
 
 
 def estimate(values: Iterable[float | None]) -> Estimate | None:
