@@ -11,13 +11,12 @@ Tensors = Mapping[str, torch.Tensor]
 Product = tuple[torch.Tensor, torch.Tensor]
 
 DEFINITION = (
-    "U_t is the change that round t makes to the weights which the model computes with: s(B_t A_t − B_{t−1} A_{t−1}) "
-    "of every adapted layer, w_t − w_{t−1} of every other trained tensor of the backbone; the task head counts only "
-    "where nothing else trains. Magnitude variation: | ‖U_t‖ / ‖U_{t−1}‖ − 1 |. Direction variation: "
-    "1 − cos(U_t, U_{t−1}), 0 for the same direction, 1 for a right angle, 2 for a reversal. ‖·‖ and cos are "
-    "Frobenius, over all weights together. A falling learning rate shrinks U_t, so only runs of one schedule compare. "
-    "Drift: how far the averaged factors are off the clients' mean product, "
-    "s ‖Σ_c p_c B_c A_c − B_t A_t‖ / s ‖Σ_c p_c B_c A_c − B_{t−1} A_{t−1}‖, where that is measured."
+    "Uₜ is the change that round t makes to the weights which the model computes with: s (BₜAₜ − Bₜ₋₁Aₜ₋₁), and what "
+    "moves the base, of every adapted layer; wₜ − wₜ₋₁ of every other trained tensor of the backbone; the task head "
+    "counts only where nothing else trains. Magnitude variation: | ‖Uₜ‖ / ‖Uₜ₋₁‖ − 1 |. Direction variation: "
+    "1 − cos(Uₜ, Uₜ₋₁), 0 for the same direction, 1 for a right angle, 2 for a reversal. ‖·‖ and cos are Frobenius, "
+    "over all weights together. A falling learning rate shrinks Uₜ, so only runs of one schedule compare. Drift: the "
+    "distance from the clients' mean product to BₜAₜ over its distance to Bₜ₋₁Aₜ₋₁, where that is measured."
 )
 
 

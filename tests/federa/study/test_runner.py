@@ -120,7 +120,7 @@ def test_the_page_is_self_contained_and_small(finished):
         "pooled",
         "local",
         "Direction variation",
-        "U_t is the change that round t makes",
+        "Uₜ is the change that round t makes",
         "is at the edge of those tried",
         "the test set chooses nothing",
     ):
