@@ -20,6 +20,8 @@ app = typer.Typer(
 console = Console()
 errors = Console(stderr=True, highlight=False, soft_wrap=True)
 
+TAKE_UP = "`federa resume DIR` takes a run up after its last saved round, the same `federa study` a study"
+
 ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file; see examples/.")]
 RunDir = Annotated[Path, typer.Argument(metavar="DIR", help="A run's folder.")]
 Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override, as in client.lr=1e-4.")]
@@ -202,11 +204,11 @@ def main() -> None:
     except RunError as error:
         _fail(1, str(error))
     except OSError as error:
-        _fail(1, f"the system refused: {error}; `federa resume DIR` takes a run up after its last saved round")
+        _fail(1, f"the system refused: {error}; {TAKE_UP}")
     except (KeyboardInterrupt, SystemExit) as ended:
         if isinstance(ended, SystemExit) and ended.code != 130:  # 130 is typer's for Ctrl-C, without a word
             raise
-        _fail(130, "interrupted; `federa resume DIR` takes a run up after its last saved round")
+        _fail(130, f"interrupted; {TAKE_UP}")
 
 
 def _fail(code: int, message: str) -> NoReturn:

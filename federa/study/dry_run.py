@@ -2,6 +2,7 @@
 classes and on made-up data of the same tasks. It shows that a study can run, and nothing of what it would find."""
 
 import json
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ SIZE = {
     **{"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 128},
     **{"pooler_hidden_size": 64, "max_position_embeddings": 160},
 }
+PARTS = {"models", "data", "tokens", "study"}
 LENGTH, ROUNDS, CLIENTS = 64, 2, 4
 
 
@@ -39,9 +41,10 @@ def dry_run(
 
     Every cell of the grid is built: data partitioned, model loaded, adapters attached. Of every kind one cell runs:
     its sweep's first two points, two rounds, the yardsticks and the page. Raises what the first broken cell raises.
+    Whatever an earlier dry run left in `output` goes.
     """
     study = load_study(source, overrides)
-    folder = Path(output)
+    folder = _fresh(Path(output))
     small = load_study(shrunk(study, folder))
     cells = [cell for kind in small.kinds for cell in small.grid(kind, small.points(kind)[0])]
     for position, cell in enumerate(cells, 1):
@@ -58,6 +61,15 @@ def dry_run(
     for over in (first["sweep"]["over"], *(entry["sweep"] or {} for entry in first["methods"].values())):
         over.update({key: values[:2] for key, values in over.items()})
     return run_study(first, folder / "study", watch=watch)
+
+
+def _fresh(folder: Path) -> Path:
+    """The folder without what an earlier dry run left in it; InputError if it holds anything else."""
+    held = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    if held - PARTS:
+        raise InputError(f"{folder}: must be empty or hold a dry run, got {min(held - PARTS)}; choose another --output")
+    shutil.rmtree(folder, ignore_errors=True)
+    return folder
 
 
 def shrunk(study: Study, folder: Path) -> dict[str, Any]:
