@@ -189,7 +189,8 @@ def _rows(values: Mapping[str, Any], count: int, rng: np.random.Generator) -> It
             row |= {data["tokens"]: words, data["tags"]: tags}
         elif task == "question-answering":
             answer = {"text": [label], "answer_start": [text.index(label)]}
-            row |= {data["question"]: "fin mor?", data["context"]: text, data["answers"]: answer}
+            asked = " ".join(map(str, rng.choice(WORDS, 3)))
+            row |= {data["question"]: f"{asked}?", data["context"]: text, data["answers"]: answer}
         elif task == "causal-lm":
             row |= {data["prompt"]: text, data["answer"]: label}
         else:
