@@ -43,6 +43,7 @@ class ModelConfig(Section):
     trust_remote_code: bool = False
     pooling: Literal["default", "mean"] = "default"  # default: transformers' own head; mean: masked mean + linear
     dropout: Fraction = 0.0  # of the backbone; principal components want none
+    precision: Literal["float32", "bfloat16"] = "float32"  # of activations; bfloat16 is autocast
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
 
 

@@ -94,6 +94,8 @@ def build(config: Config, broadcast: Broadcast | None = None, device: str | None
     if config.evaluation.per_client:
         rng = generator(config.seed, Purpose.EVALUATION)
         test_clients = partition_like(partition.indices, train.labels, test.labels, rng)
+    if config.model.precision == "bfloat16":
+        model.forward = torch.autocast(device.type, torch.bfloat16)(model.forward)
     started = time.perf_counter()
     learner = make_trainable(model, config.method, config.seed, device, broadcast)
     adapted = time.perf_counter() - started

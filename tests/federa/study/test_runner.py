@@ -93,16 +93,6 @@ def test_the_prediction_comes_first_and_is_kept(finished):
     assert left[-1] == 0 and left[0] > 0
 
 
-def test_a_study_grows_by_seeds(finished, tiny_study):
-    """What is there is read, what is new is run."""
-    folder, _ = finished
-    told = []
-    run_study(tiny_study(seeds=[0, 1, 2]), folder, watch=lambda event, facts: told.append((event, facts)))
-    done = [facts["name"] for event, facts in told if event == "unit-done"]
-    assert len(done) == 2 and all("seed=2" in name for name in done)
-    assert [row["seed"] for row in rows_of(folder)] == ["0", "1", "2"] * 2
-
-
 def test_the_page_is_self_contained_and_small(finished):
     folder, _ = finished
     content = (folder / "study.html").read_text(encoding="utf-8")
@@ -162,6 +152,16 @@ def test_five_kills_change_nothing(finished, tiny_study, tmp_path):
     assert (folder / "sweep.csv").read_bytes() == (reference / "sweep.csv").read_bytes()
 
 
+def test_a_study_grows_by_seeds(finished, tiny_study):
+    """What is there is read, what is new is run."""
+    folder, _ = finished
+    told = []
+    run_study(tiny_study(seeds=[0, 1, 2]), folder, watch=lambda event, facts: told.append((event, facts)))
+    done = [facts["name"] for event, facts in told if event == "unit-done"]
+    assert len(done) == 2 and all("seed=2" in name for name in done)
+    assert [row["seed"] for row in rows_of(folder)] == ["0", "1", "2"] * 2
+
+
 def test_too_long_a_study_stops_before_it_starts(tiny_study, tmp_path):
     told, asked = [], []
     values = tiny_study(methods={"lora": {}}, baselines=[], seeds=[0], sweep={}, budget=0.001)
@@ -177,7 +177,7 @@ def test_too_long_a_study_stops_before_it_starts(tiny_study, tmp_path):
 def test_a_rate_that_fails_is_not_chosen(tiny_study, tmp_path):
     """A rate of 1e20 ends in NaN in every client: the run fails, is recorded, and is not run again."""
     over = {"client.lr": [0.003, 1e20]}
-    values = tiny_study(methods={"lora": {"method": {"name": "lora"}}}, baselines=[], seeds=[0], sweep={"over": over})
+    values = tiny_study(methods={"lora": {}}, baselines=[], seeds=[0], sweep={"over": over})
     run_study(values, tmp_path)
     (choice,) = read_study(tmp_path).choices.values()
     assert choice.point == (("client.lr", 0.003),) and choice.tried[1][1] is None
