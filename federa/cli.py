@@ -22,6 +22,7 @@ errors = Console(stderr=True, highlight=False, soft_wrap=True)
 
 flower = typer.Typer(help="Runs over real sites, with Flower as the network.", no_args_is_help=True)
 app.add_typer(flower, name="flower")
+TAKE_UP = "`federa resume DIR` takes a run up after its last saved round, the same `federa study` a study"
 
 ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file; see examples/.")]
 RunDir = Annotated[Path, typer.Argument(metavar="DIR", help="A run's folder.")]
@@ -127,14 +128,45 @@ def partition(
 
 
 @app.command()
+def study(
+    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file; see examples/studies/.")],
+    set: Set = None,
+    output: Output = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Try every cell with small random models.")] = False,
+    budget: Annotated[
+        float | None,
+        typer.Option(metavar="MINUTES", min=0, help="Ask, or stop, before a study predicted to take more."),
+    ] = None,
+) -> None:
+    """Compare methods on a grid of data, heterogeneity and seeds, each with its own learning rate."""
+    from federa.study import dry_run as try_out
+    from federa.study import run_study
+    from federa.study.progress import StudyProgress
+
+    with StudyProgress(console) as watch:
+        if dry_run:
+            path = try_out(config, output or Path("runs") / f"{config.stem}-dry-run", overrides=set or [], watch=watch)
+        else:
+            folder = output or Path("runs") / config.stem
+            confirm = watch.confirm if console.is_terminal else None
+            path = run_study(config, folder, overrides=set or [], budget=budget, confirm=confirm, watch=watch)
+    console.print(f"study    {path}", soft_wrap=True, markup=False, highlight=False)
+
+
+@app.command()
 def report(
-    directories: Annotated[list[Path], typer.Argument(metavar="DIR...", help="One run, or several to compare.")],
+    directories: Annotated[list[Path], typer.Argument(metavar="DIR...", help="A run or a study, or runs to compare.")],
     output: Annotated[Path, typer.Option(metavar="HTML", help="Of a comparison.")] = Path("comparison.html"),
 ) -> None:
-    """Write a run's report.html again, or compare several runs on one page."""
+    """Write a run's report.html or a study's study.html again, or compare several runs on one page."""
     from federa.folder import RunFolder
     from federa.report import write_comparison, write_report
+    from federa.study.report import is_study, write_study
 
+    if len(directories) == 1 and is_study(directories[0]):
+        with _writing(directories[0] / "study.html"):
+            write_study(directories[0])
+        return
     folders = [RunFolder.open(directory).path for directory in directories]
     path = folders[0] / "report.html" if len(folders) == 1 else output
     with _writing(path):
@@ -211,11 +243,11 @@ def main() -> None:
     except RunError as error:
         _fail(1, str(error))
     except OSError as error:
-        _fail(1, f"the system refused: {error}; `federa resume DIR` takes a run up after its last saved round")
+        _fail(1, f"the system refused: {error}; {TAKE_UP}")
     except (KeyboardInterrupt, SystemExit) as ended:
         if isinstance(ended, SystemExit) and ended.code != 130:  # 130 is typer's for Ctrl-C, without a word
             raise
-        _fail(130, "interrupted; `federa resume DIR` takes a run up after its last saved round")
+        _fail(130, f"interrupted; {TAKE_UP}")
 
 
 def _fail(code: int, message: str) -> NoReturn:

@@ -175,6 +175,7 @@ def _begin(experiment: Experiment, folder: RunFolder, cohort: int) -> State:
     learner = experiment.learner
     folder.write_config(experiment.config)
     facts = environment(str(learner.device), torch.get_num_threads(), cohort)
+    facts["adapt_seconds"] = experiment.adapt_seconds
     folder.write_json(folder.environment_file.name, facts)
     labels, partition = experiment.corpus.strata, experiment.partition
     counts = label_counts(partition.indices, experiment.train.labels, len(labels))

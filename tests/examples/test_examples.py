@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from federa.config import config_digest, load_config
+from federa.study import load_study
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
@@ -13,6 +14,13 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 @pytest.mark.parametrize("file", sorted(EXAMPLES.glob("*.yaml")), ids=lambda file: file.stem)
 def test_configurations_load(file):
     assert load_config(file).server.rounds > 1
+
+
+@pytest.mark.parametrize("file", sorted(EXAMPLES.glob("studies/*.yaml")), ids=lambda file: file.stem)
+def test_studies_load(file):
+    """Every cell's run is configured; each method has at least three rates to choose from."""
+    study = load_study(file)
+    assert study.config.seeds and all(len(study.points(kind)) >= 3 for kind in study.kinds)
 
 
 def test_the_main_job_in_python_is_the_one_of_make_run():
