@@ -39,9 +39,11 @@ def run(
         str | None, typer.Option(metavar="NAME", help="Run a baseline instead: pooled, local, head-only, linear-probe.")
     ] = None,
     yardsticks: Annotated[bool, typer.Option("--yardsticks", help="Score four baselines beside the run.")] = False,
+    profile: Annotated[bool, typer.Option("--profile", help="Tell where a round's time goes; trace.json.")] = False,
 ) -> None:
-    """Run a configuration; a folder that holds the same run is taken up where it stopped."""
-    from federa import baselines, simulation
+    """Run a configuration; a folder that holds the same run is taken up where it stopped. Under torchrun the cohorts
+    of a round are spread over its processes."""
+    from federa import baselines, ranks, simulation
     from federa.config import anchored, load_config
     from federa.metrics import METRICS
     from federa.progress import RunProgress
@@ -49,13 +51,18 @@ def run(
 
     resolved = anchored(load_config(config, set or []))
     folder = output or Path("runs") / (f"{config.stem}-{baseline}" if baseline else config.stem)
+    if ranks.count() > 1:
+        if baseline is not None or yardsticks:
+            raise InputError("--baseline, --yardsticks: run in one process, got torchrun; run them without it")
+        if ranks.join() > 0:
+            return ranks.serve()
     with RunProgress(console) as watch:
         if baseline is not None:
             row = baselines.run_baseline(baseline, resolved, folder, watch)
             judged = METRICS[resolved.task.name]
             watch.table([ResultRow(row["name"], *(metric.value(row) for metric in judged), row["note"])], judged)
             return
-        simulation.run(resolved, folder, watch=watch)
+        simulation.run(resolved, folder, watch=_profiled(watch, folder) if profile else watch)
         if yardsticks:
             baselines.yardsticks(resolved, folder, watch)
         watch.summary(folder)
@@ -64,16 +71,24 @@ def run(
 @app.command()
 def resume(directory: RunDir, set: Set = None) -> None:
     """Take a stopped run up after its last saved round; --set may change server.retries and server.min_updates."""
-    from federa import simulation
+    from federa import ranks, simulation
     from federa.flower.project import is_over_sites, resume_project
     from federa.progress import RunProgress
 
+    if ranks.count() > 1 and ranks.join() > 0:
+        return ranks.serve()
     with RunProgress(console) as watch:
         if is_over_sites(directory):
             watch.bars.stop()
             resume_project(directory, set or [])
         simulation.resume(directory, overrides=set or [], watch=watch)
         watch.summary(directory)
+
+
+def _profiled(watch, folder: Path):
+    from federa.profile import RoundProfile
+
+    return RoundProfile(watch, folder / "trace.json", console)
 
 
 @app.command()
