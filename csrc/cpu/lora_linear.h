@@ -74,4 +74,25 @@ void low_rank_gradient(const void* h, std::int64_t h_stride, std::int64_t rank, 
                        std::int64_t columns, std::int64_t x_stride, const Clients& clients, float scaling,
                        float* gradient, std::int64_t client_stride, std::int64_t rank_stride, std::int64_t column_stride, int threads);
 
+// One frozen weight W and its adapters, to be differentiated: A[c][r][k] and B[c][n][r].
+struct Layer {
+    const void* packed;  // W, for dy W; null where dx is not wanted
+    Kind kind;
+    std::int64_t columns, depth, rank;  // N, K, R
+    float scaling;                      // times that of the client
+    const float *A, *B;
+    std::int64_t A_client, A_rank, A_depth, B_client, B_column, B_rank;  // strides
+};
+
+// A matrix of rows; null where nobody asks for it.
+struct Rows {
+    const void* data;
+    std::int64_t stride;
+};
+
+// dh = dy B    dx = dy W + s dh A    dA[c] = s dh^T x    dB[c] = s dy^T h    each null where it is not wanted; dx, of the
+// kind of dy, and the float32 dA (C,R,K) and dB (C,N,R) are contiguous. `accumulate` adds to dx.
+void low_rank_backward(const Layer& layer, Kind kind, std::int64_t rows, Rows dy, Rows x, Rows h, const Clients& clients,
+                       bool accumulate, void* dx, float* dA, float* dB, int threads);
+
 }  // namespace federa

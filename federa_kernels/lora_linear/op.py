@@ -55,10 +55,10 @@ def path_of(rows: Tensor, packed: Sequence[Tensor | None], ranks: Sequence[int],
     """Which implementation takes these rows (x or dy): "triton", "cpu" or "reference"."""
     if needs_weight:
         return "reference"
-    if rows.device.type == "cuda":
+    if rows.is_cuda:
         kernels = triton_kernels()
         return "triton" if kernels and all(kernels.takes(rows, rank) for rank in ranks) else "reference"
-    ready = rows.device.type == "cpu" and all(form is not None for form in packed)
+    ready = rows.is_cpu and all(form is not None for form in packed)
     return "cpu" if ready and cpu.takes(rows, ranks) else "reference"
 
 
@@ -81,7 +81,7 @@ def _cast(dtype: torch.dtype, tensors: Sequence[Tensor | None]) -> list[Tensor |
 
 
 def _grads(needed: Sequence[Tensor | None], owners: Sequence[Tensor | None]) -> list[Tensor]:
-    return [d.to(t.dtype) for d, t in zip(needed, owners, strict=True) if d is not None]
+    return [d if d.dtype == t.dtype else d.to(t.dtype) for d, t in zip(needed, owners, strict=True) if d is not None]
 
 
 def _fwd(x, weight, packed, lora_A, lora_B, bias, scaling):
@@ -253,7 +253,8 @@ class _LoraLinear(torch.autograd.Function):
         rows = _rows(dy)
         found = iter((_bwd_op if _watched(rows) else _bwd)(rows, *ctx.saved_tensors, ctx.scaling, needs))
         dx, dW, dA, dB, db = (next(found) if need else None for need in needs)
-        return None if dx is None else dx.view(*dy.shape[:-1], dx.shape[-1]), dW, None, None, dA, dB, db, None
+        dx = dx if dx is None or rows is dy else dx.view(*dy.shape[:-1], dx.shape[-1])
+        return dx, dW, None, None, dA, dB, db, None
 
 
 class _LoraLinearClients(torch.autograd.Function):
@@ -355,7 +356,13 @@ def lora_linear(
     check("lora_linear", x, weight, lora_A, lora_B, bias)
     dtype = _compute_dtype(x)
     x = x if dtype == x.dtype else x.to(dtype)
-    trains = _trains(x, weight, lora_A, lora_B, bias)
+    trains = torch.is_grad_enabled() and (
+        x.requires_grad
+        or lora_A.requires_grad
+        or lora_B.requires_grad
+        or weight.requires_grad
+        or (bias is not None and bias.requires_grad)
+    )
     forms = frozen.forms(x.dtype, trains and x.requires_grad) if frozen else (None, None)
     if trains:
         return _LoraLinear.apply(x, weight, *forms, lora_A, lora_B, bias, scaling)
