@@ -17,7 +17,8 @@ class FrozenWeight:
     moved, changed its dtype or been written to in place (a write through `.data` is not seen). Compiled graphs work
     without them.
 
-    weight  (N,K)  float dtype, as given or cast to `dtype`; gradients never reach it
+    weight          (N,K)  float dtype, as given or cast to `dtype`; gradients never reach it
+    fan_in_fan_out  the tensor given lies as (K,N), as transformers' Conv1D has it
 
     Memory beside the weight, for each of the two forms in use: on tile units (AMX) 6 bytes an entry for float32, 2 for
     bfloat16, with N and K rounded up to 32; with AVX-512 or AVX2 as much as the weight, with the outputs (N, or K for
@@ -28,13 +29,18 @@ class FrozenWeight:
     makes NaN, and parts of magnitudes below 1e-33 may be lost.
     """
 
-    def __init__(self, weight: Tensor, *, dtype: torch.dtype | None = None):
+    def __init__(self, weight: Tensor, *, dtype: torch.dtype | None = None, fan_in_fan_out: bool = False):
         check_shape("FrozenWeight", "weight", weight, N=None, K=None)
         check_float("FrozenWeight", "weight", weight)
-        self.weight = weight if dtype is None or dtype == weight.dtype else weight.detach().to(dtype)
+        self.source = weight if dtype is None or dtype == weight.dtype else weight.detach().to(dtype)
+        self.fan_in_fan_out = fan_in_fan_out
         self._forms: dict[bool, Tensor] = {}
         self._made_of: tuple = ()
         self._storage: StorageWeakRef | None = None
+
+    @property
+    def weight(self) -> Tensor:
+        return self.source.t() if self.fan_in_fan_out else self.source
 
     @property
     def shape(self) -> torch.Size:
@@ -69,10 +75,14 @@ class FrozenWeight:
         self._forms, self._made_of, self._storage = {}, (), None
 
     def __deepcopy__(self, memo: dict) -> "FrozenWeight":
-        return FrozenWeight(copy.deepcopy(self.weight, memo))
+        return FrozenWeight(copy.deepcopy(self.source, memo), fan_in_fan_out=self.fan_in_fan_out)
 
     def __reduce__(self) -> tuple:
-        return FrozenWeight, (self.weight,)
+        return _frozen_weight, (self.source, self.fan_in_fan_out)
+
+
+def _frozen_weight(source: Tensor, fan_in_fan_out: bool) -> FrozenWeight:
+    return FrozenWeight(source, fan_in_fan_out=fan_in_fan_out)
 
 
 class PackedLinear(nn.Linear):

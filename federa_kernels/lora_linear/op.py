@@ -42,13 +42,13 @@ for name, schema in {
 
 
 @functools.cache
-def triton_kernels() -> ModuleType | None:
-    """The Triton path, or None where triton is not installed."""
+def launchers() -> ModuleType | None:
+    """Of the Triton kernels, or None where triton is not installed."""
     try:
-        from . import triton_kernels
+        from . import launch
     except ImportError:
         return None
-    return triton_kernels
+    return launch
 
 
 def path_of(rows: Tensor, packed: Sequence[Tensor | None], ranks: Sequence[int], needs_weight: bool = False) -> str:
@@ -56,7 +56,7 @@ def path_of(rows: Tensor, packed: Sequence[Tensor | None], ranks: Sequence[int],
     if needs_weight:
         return "reference"
     if rows.is_cuda:
-        kernels = triton_kernels()
+        kernels = launchers()
         return "triton" if kernels and all(kernels.takes(rows, rank) for rank in ranks) else "reference"
     ready = rows.is_cpu and all(form is not None for form in packed)
     return "cpu" if ready and cpu.takes(rows, ranks) else "reference"
@@ -65,7 +65,7 @@ def path_of(rows: Tensor, packed: Sequence[Tensor | None], ranks: Sequence[int],
 def path_for(weight: Tensor, rank: int, rows: torch.dtype) -> str:
     """In words, which implementation takes rows of this dtype and a frozen weight where it is, and why."""
     if weight.device.type == "cuda":
-        kernels = triton_kernels()
+        kernels = launchers()
         if kernels is None:
             return "PyTorch: triton is not installed"
         taken = kernels.takes(weight.new_empty(0, dtype=rows), rank)
@@ -89,7 +89,7 @@ def _fwd(x, weight, packed, lora_A, lora_B, bias, scaling):
     if path == "cpu":
         return cpu.forward(x, weight, packed, lora_A, lora_B, bias, scaling)
     if path == "triton":
-        return triton_kernels().launch_lora_linear_fwd(x, weight, lora_A, lora_B, bias, scaling)
+        return launchers().launch_lora_linear_fwd(x, weight, lora_A, lora_B, bias, scaling)
     with torch.autocast(x.device.type, enabled=False):
         return reference.forward(x, *_cast(x.dtype, (weight, lora_A, lora_B, bias)), scaling)
 
@@ -99,7 +99,7 @@ def _bwd(dy, x, h, weight, packed, lora_A, lora_B, bias, scaling, needs):
     if path == "cpu":
         grads = cpu.backward(dy, x, h, weight, packed, lora_A, lora_B, bias, scaling, needs)
     elif path == "triton":
-        grads = triton_kernels().launch_lora_linear_bwd(dy, x, h, weight, lora_A, lora_B, scaling, needs)
+        grads = launchers().launch_lora_linear_bwd(dy, x, h, weight, lora_A, lora_B, scaling, needs)
     else:
         with torch.autocast(dy.device.type, enabled=False):
             grads = reference.backward(dy, x, h, *_cast(dy.dtype, (weight, lora_A, lora_B)), scaling, needs)
@@ -116,7 +116,7 @@ def _clients_fwd(x, weight, packed, lora_A, lora_B, bias, offsets, scalings, ran
     if path == "cpu":
         return cpu.clients_forward(x, weight, packed, lora_A, lora_B, bias, *segments)
     if path == "triton":
-        return triton_kernels().launch_lora_linear_clients_fwd(x, weight, lora_A, lora_B, bias, *segments)
+        return launchers().launch_lora_linear_clients_fwd(x, weight, lora_A, lora_B, bias, *segments)
     with torch.autocast(x.device.type, enabled=False):
         return reference.clients_forward(x, *_cast(x.dtype, (weight, lora_A, lora_B, bias)), *_ranked(segments, lora_A))
 
@@ -128,7 +128,7 @@ def _clients_bwd(dy, x, h, weight, packed, lora_A, lora_B, bias, offsets, scalin
     if path == "cpu":
         grads = cpu.clients_backward(dy, x, h, weight, packed, lora_A, lora_B, bias, *segments, needs)
     elif path == "triton":
-        launch = triton_kernels().launch_lora_linear_clients_bwd
+        launch = launchers().launch_lora_linear_clients_bwd
         grads = launch(dy, x, h, weight, lora_A, lora_B, bias, *segments, needs)
     else:
         with torch.autocast(dy.device.type, enabled=False):
@@ -147,7 +147,7 @@ def _shared_fwd(x, weights, packed, lora_As, lora_Bs, biases, scalings):
     if path == "cpu":
         ys, h = cpu.shared_forward(x, weights, packed, lora_As, lora_Bs, biases, scalings)
     elif path == "triton":
-        ys, h = triton_kernels().launch_lora_linear_shared_fwd(x, weights, lora_As, lora_Bs, biases, scalings)
+        ys, h = launchers().launch_lora_linear_shared_fwd(x, weights, lora_As, lora_Bs, biases, scalings)
     else:
         with torch.autocast(x.device.type, enabled=False):
             lists = [_cast(x.dtype, tensors) for tensors in (weights, lora_As, lora_Bs, biases)]
@@ -162,7 +162,7 @@ def _shared_bwd(dys, x, h, weights, packed, lora_As, lora_Bs, biases, scalings, 
     if path == "cpu":
         grads = cpu.shared_backward(dys, x, h, weights, packed, lora_As, lora_Bs, scalings, needs)
     elif path == "triton":
-        launch = triton_kernels().launch_lora_linear_shared_bwd
+        launch = launchers().launch_lora_linear_shared_bwd
         grads = launch(dys, x, h, weights, lora_As, lora_Bs, scalings, needs)
     else:
         with torch.autocast(dys[0].device.type, enabled=False):
