@@ -160,11 +160,11 @@ def accelerate_peft(model: nn.Module) -> AccelerateReport:
 
         y = x W^T + b + s ((x * m / (1 - p)) A^T) B^T        m: dropout's mask in training mode, else 1 and p = 0
 
-    For lora.Linear on nn.Linear and transformers' Conv1D. Parameters, state_dict and `save_pretrained` stay as they are. A layer whose state is
-    not the simple one (no or several active adapters, merged, `adapter_names` given, hooks on its parts) computes by
-    peft's own forward for as long. Of dropout it keeps the mask, a bit an entry, drawn from torch's generator; on the
-    CPU the draws are nn.Dropout's. Products are those of `lora_linear`: in the dtype of x or of autocast, while peft
-    without autocast would run float32 adapters beside a half base in float32.
+    For lora.Linear on nn.Linear and transformers' Conv1D. Parameters, state_dict and `save_pretrained` stay as they
+    are. A layer whose state is not the simple one (no or several active adapters, merged, `adapter_names` given,
+    hooks on its parts) computes by peft's own forward for as long. Of dropout it keeps the mask, a bit an entry,
+    drawn from torch's generator; on the CPU the draws are nn.Dropout's. Products are those of `lora_linear`: in the
+    dtype of x or of autocast, while peft without autocast would run float32 adapters beside a half base in float32.
 
     LoRA on embeddings and convolutions is left alone. Raises ValueError, with the model untouched, for layers it cannot
     honour (DoRA and other variants, lora_bias, quantised bases) and for a model without LoRA layers;

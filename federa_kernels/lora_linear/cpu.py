@@ -90,6 +90,26 @@ def pack(weight: Tensor, transposed: bool) -> Tensor:
     return packed
 
 
+def unpack(packed: Tensor, like: Tensor, engine: str) -> Tensor:
+    """The weight, of the shape and dtype of `like`, from its panels for x W^T of an engine."""
+    (N, K), dtype = like.shape, like.dtype
+    if engine == "amx":
+        planes = 3 if dtype == torch.float32 else 1
+        # [panel][step][plane][half][pair (k, k + 16)][column][which of the two]
+        tiles = packed.view(torch.bfloat16).view(-(-N // 32), -(-K // 32), planes, 2, 16, 16, 2)
+        parts = tiles.permute(2, 0, 3, 5, 1, 6, 4).flatten(1, 3).flatten(2)[:, :N, :K].to(dtype)
+        if planes == 1:
+            return parts[0].contiguous()
+        rest = parts[1] + parts[2]
+        return torch.where(rest == 0, parts[0], parts[0] + rest)  # -0.0 + 0.0 would be 0.0
+    lanes = 16 if engine == "avx512" else 8
+    width, stretch = -(-N // lanes) * lanes, -(-K // -(-K // 384))
+    depths = [min(stretch, K - k) for k in range(0, K, stretch)]
+    stretches = packed.view(dtype).split([depth * width for depth in depths])
+    panels = [one.view(-1, depth, lanes) for one, depth in zip(stretches, depths, strict=True)]
+    return torch.cat([one.transpose(1, 2).reshape(width, -1)[:N] for one in panels], dim=1)
+
+
 def _rows(x: Tensor) -> Tensor:
     return x if x.stride(1) == 1 else x.contiguous()
 

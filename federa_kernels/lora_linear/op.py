@@ -320,7 +320,20 @@ def _compute_dtype(x: Tensor) -> torch.dtype:
 def _unfrozen(weight: "Tensor | FrozenWeight") -> tuple[Tensor, "FrozenWeight | None"]:
     if isinstance(weight, Tensor):
         return weight, None
-    return weight.weight.detach() if weight.weight.requires_grad else weight.weight, weight
+    operand = weight.operand
+    return operand.detach() if operand.requires_grad else operand, weight
+
+
+def _packed(
+    frozen: "FrozenWeight | None", weight: Tensor, x: Tensor, backward: bool, rank: int
+) -> tuple[Tensor, tuple[Tensor | None, Tensor | None]]:
+    """The weight and its packed forms; a weight that was released is unpacked for a path that reads it."""
+    if frozen is None:
+        return weight, (None, None)
+    forms = frozen.forms(x.dtype, backward)
+    if frozen.release_canonical and path_of(x, forms[:1], (rank,)) != "cpu":
+        weight = frozen.weight.detach()
+    return weight, forms
 
 
 def _trains(*tensors: Tensor | None) -> bool:
@@ -363,7 +376,7 @@ def lora_linear(
         or weight.requires_grad
         or (bias is not None and bias.requires_grad)
     )
-    forms = frozen.forms(x.dtype, trains and x.requires_grad) if frozen else (None, None)
+    weight, forms = _packed(frozen, weight, x, trains and x.requires_grad, lora_A.shape[0])
     if trains:
         return _LoraLinear.apply(x, weight, *forms, lora_A, lora_B, bias, scaling)
     y, _ = _fwd_op(_rows(x), weight, forms[0], lora_A, lora_B, bias, scaling)
@@ -396,7 +409,7 @@ def lora_linear_clients(
     check_clients(x, weight, lora_A, lora_B, segments, bias)
     x = x.to(_compute_dtype(x))
     trains = _trains(x, weight, lora_A, lora_B, bias)
-    forms = frozen.forms(x.dtype, trains and x.requires_grad) if frozen else (None, None)
+    weight, forms = _packed(frozen, weight, x, trains and x.requires_grad, lora_A.shape[1])
     on_device = (segments.offsets, segments.scalings, segments.ranks)
     if trains:
         return _LoraLinearClients.apply(x, weight, *forms, lora_A, lora_B, bias, *on_device)
@@ -428,8 +441,13 @@ def lora_linear_shared(x: Tensor, projections: Sequence[Projection]) -> list[Ten
     x = x.to(_compute_dtype(x))
     weights = [weight for weight, _ in pairs]
     trains = _trains(x, *weights, *As, *Bs, *biases)
-    forms = [f.forms(x.dtype, trains and x.requires_grad) if f else (None, None) for _, f in pairs]
-    forward_forms, backward_forms = map(list, zip(*forms, strict=True))
+    # All of them take one path.
+    most = max(A.shape[0] for A in As)
+    packed = [_packed(f, W, x, trains and x.requires_grad, most) for W, f in pairs]
+    if any(forms[0] is None for _, forms in packed):
+        packed = [(f.weight.detach() if f else W, forms) for (W, forms), (_, f) in zip(packed, pairs, strict=True)]
+    weights = [weight for weight, _ in packed]
+    forward_forms, backward_forms = map(list, zip(*(forms for _, forms in packed), strict=True))
     if trains:
         flat = (*weights, *forward_forms, *backward_forms, *As, *Bs, *biases)
         return list(_LoraLinearShared.apply(tuple(scalings), x, *flat))
