@@ -34,7 +34,8 @@ enum class Kind { float32 = 0, bfloat16 = 1 };
 
 // Panels of a matrix P with `depth` rows and `columns` columns, P[d][c] = source[d * depth_stride + c * column_stride],
 // zero where P ends. amx: for each 32 columns, for each 32 rows of depth, one plane of bfloat16 (Kind::bfloat16) or
-// three (float32) of two tiles of 16 columns. Others: for each 16 (avx2: 8) columns all rows, in their kind.
+// three (float32) of two tiles of 16 columns. Others: for each stretch of depth, equal ones of at most 384, for each 16
+// (avx2: 8) columns the rows of the stretch, in their kind. federa_kernels/lora_linear/cpu.py unpacks both.
 std::size_t packed_bytes(Kind kind, std::int64_t columns, std::int64_t depth);
 void pack(const void* source, Kind kind, std::int64_t columns, std::int64_t column_stride, std::int64_t depth,
           std::int64_t depth_stride, void* packed, int threads);
