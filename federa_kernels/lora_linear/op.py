@@ -249,7 +249,8 @@ class _LoraLinear(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
-        needs = [ctx.needs_input_grad[i] for i in (0, 1, 4, 5, 6)]
+        asked = ctx.needs_input_grad
+        needs = [asked[i] for i in (0, 1, 4, 5, 6)]
         rows = _rows(dy)
         found = iter((_bwd_op if _watched(rows) else _bwd)(rows, *ctx.saved_tensors, ctx.scaling, needs))
         dx, dW, dA, dB, db = (next(found) if need else None for need in needs)
@@ -270,7 +271,8 @@ class _LoraLinearClients(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
-        needs = [ctx.needs_input_grad[i] for i in (0, 1, 4, 5, 6)]
+        asked = ctx.needs_input_grad
+        needs = [asked[i] for i in (0, 1, 4, 5, 6)]
         found = iter(torch.ops.federa.lora_linear_clients_bwd(dy, *ctx.saved_tensors, needs))
         dx, dW, dA, dB, db = (next(found) if need else None for need in needs)
         return dx, dW, None, None, dA, dB, db, None, None, None
