@@ -38,7 +38,7 @@ def finish(A: Any, V: Tensor, norm: float) -> Triplets:
 def full(A: Tensor, rank: int, norm: float) -> tuple[Triplets, float]:
     """All singular triplets by LAPACK or cuSOLVER, the leading ones kept; and the square of the next.
 
-    Small matrices in float64: float32 mixes vectors whose values differ by 1e-6, which alone can cost 1e-6 of the energy.
+    Small matrices in float64: float32 mixes vectors whose values differ by 1e-6, which can cost 1e-6 of the energy.
     """
     U, S, Vh = torch.linalg.svd(A.double() if min(A.shape) <= 192 else A, full_matrices=False)
     following = _next(S.double().square(), rank)
