@@ -101,7 +101,7 @@ def svd_figure(records: Sequence[Row], path: Path) -> None:
             (row["ms"][1], max(row["error"]["loss"], 1e-12)) for row in rows if row["provider"].startswith(prefix + " ")
         ]
         if line:
-            axis.plot(*zip(*sorted(line), strict=True), marker=marker, ms=6, lw=1.4, label=label, color=color)
+            axis.plot(*zip(*line, strict=True), marker=marker, ms=6, lw=1.4, label=label, color=color)
     axis.axhline(TOLERANCE, color="0.4", lw=0.8, ls="--")
     axis.text(0.99, TOLERANCE, "what federa promises", transform=axis.get_yaxis_transform(), ha="right", va="bottom",
               fontsize="small", color="0.3")  # fmt: skip

@@ -219,7 +219,7 @@ def floor(case: Case, shapes: Sequence[tuple[int, int]], ceiling: Ceilings) -> d
 def _contender(call: Callable[[], Any], judge: Callable[[Any], Judgement], least: Mapping[str, float]) -> Contender:
     judged = judge(call())
     lost = judged.error["loss"]
-    note = f"loss {lost:.1e}{'' if lost <= TOLERANCE else ' WRONG'}"
+    note = f"loss {lost:.1e}{'' if lost <= judged.allowed.get('loss', TOLERANCE) else ' WRONG'}"
     return Contender({"svd": lambda _: call()}, lambda: judged, least, note)
 
 
