@@ -144,7 +144,7 @@ def _by_iteration(M: Separate, rank: int, tol: float, warm_start: Tensor | None)
             return None, spent
         S = theta.clamp(min=1e-12 * float(theta[0])).sqrt()
         W = W @ rotation
-        U, V = (W / S).to(M.dtype), (Q.double() @ rotation).to(M.dtype)
+        U, V = (W / S).to(M.dtype), Q @ rotation.to(M.dtype)
         Y = M.mT @ U
         S, lead = S.to(M.dtype), slice(0, rank)
         left = torch.linalg.vector_norm((Y - V * S)[:, lead].double(), dim=0)

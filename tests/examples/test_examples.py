@@ -18,3 +18,11 @@ def test_configurations_load(file):
 def test_the_main_job_in_python_is_the_one_of_make_run():
     config = runpy.run_path(str(EXAMPLES / "federated_finetune.py"))["config"]
     assert config_digest(load_config(config)) == config_digest(load_config(EXAMPLES / "stdlib_docs.yaml"))
+
+
+def test_what_peft_starts_from_beside_ours(minilm_path):
+    pytest.importorskip("peft")
+    example = runpy.run_path(str(EXAMPLES / "compare_svd_with_peft.py"))
+    (lost, change), (our_lost, our_change) = example["compare"](example["real_weight"]()).values()
+    assert 1e-4 < lost < 0.1 and 0.05 < change < 1
+    assert our_lost <= 1e-6 and our_change == 0
