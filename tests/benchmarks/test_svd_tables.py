@@ -10,7 +10,8 @@ def record(provider, ms, loss=1e-8, group="RoBERTa", threads=1, **sizes):
     environment = {"kind": "cpu", "device": "Some CPU", "threads": threads, "commit": "abc1234",
                    "utc": "2026-01-02T00:00:00+00:00", "versions": {"torch": "2.13.0"}}  # fmt: skip
     return {
-        "subject": "truncated_svd", "group": group, "sizes": {"G": 72, "R": 16} | sizes, "dtype": "fp32", "mode": "eager",
+        "subject": "truncated_svd", "group": group, "sizes": {"G": 72, "R": 16} | sizes, "dtype": "fp32",
+        "mode": "eager",
         "provider": provider, "phase": "svd", "ms": ms and [ms, ms, ms], "error": {"loss": loss},
         "refused": None if ms else "wrong: loss", "environment": environment,
     }  # fmt: skip
@@ -48,8 +49,8 @@ def test_goals(must, met):
 
 
 def test_the_figure_is_the_same_for_the_same_records(tmp_path):
-    rows = [record(name, ms, loss, "frontier") for name, ms, loss in
-            (("svd_lowrank q=R 4", 9.0, 1e-2), ("svd_lowrank q=R 16", 30.0, 1e-3), ("ours 1e-06", 10.0, 1e-8))]  # fmt: skip
+    points = {"svd_lowrank q=R 4": (9.0, 1e-2), "svd_lowrank q=R 16": (30.0, 1e-3), "ours 1e-06": (10.0, 1e-8)}
+    rows = [record(name, ms, loss, "frontier") for name, (ms, loss) in points.items()]
     for name in "ab":
         svd_figure(rows, tmp_path / f"{name}.svg")
     assert (tmp_path / "a.svg").read_bytes() == (tmp_path / "b.svg").read_bytes()
