@@ -481,7 +481,7 @@ bool truncated_svd(SvdTask* tasks, long count, int threads, const std::function<
     return !interruption.now();
 #else
     for (long index = 0; index < count; ++index) tasks[index].status = SvdStatus::not_converged;
-    (void)threads;
+    (void)threads, (void)interrupted;
     return true;
 #endif
 }
