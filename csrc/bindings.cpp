@@ -10,6 +10,7 @@
 #include "cpu/features.h"
 #include "cpu/lora_linear.h"
 #include "cpu/truncated_svd.h"
+#include "cpu/truncated_svd_tiles.h"
 #include "cuda/devices.h"
 
 namespace py = pybind11;
@@ -168,7 +169,7 @@ void low_rank_backward(const py::tuple& layer, const py::str& kind, Index rows, 
                               reinterpret_cast<float*>(dB), threads);
 }
 
-// Of each (A, N, K, lda, rank, block, columns, goal, U, S, Vh, left): (status, ||A V - U S||, following, matvecs).
+// Of each (A, N, K, lda, rank, block, columns, goal, gram, U, S, Vh, left): (status, ||A V - U S||, following, matvecs).
 py::list truncated_svd(const py::list& list, int threads) {
     std::vector<federa::SvdTask> tasks;
     for (const auto& each : list) {
@@ -179,14 +180,21 @@ py::list truncated_svd(const py::list& list, int threads) {
         task.A = static_cast<const float*>(address(0));
         task.N = index(1), task.K = index(2), task.lda = index(3);
         task.rank = index(4), task.block = index(5), task.columns = index(6), task.goal = fields[7].cast<double>();
-        task.U = static_cast<float*>(address(8)), task.S = static_cast<float*>(address(9));
-        task.Vh = static_cast<float*>(address(10)), task.left = static_cast<double*>(address(11));
+        task.gram = fields[8].cast<bool>();
+        task.U = static_cast<float*>(address(9)), task.S = static_cast<float*>(address(10));
+        task.Vh = static_cast<float*>(address(11)), task.left = static_cast<double*>(address(12));
         tasks.push_back(task);
     }
+    const auto interrupted = [] {
+        py::gil_scoped_acquire held;
+        return PyErr_CheckSignals() != 0;  // runs Python's handlers, in the main thread alone
+    };
+    bool done;
     {
         py::gil_scoped_release released;
-        federa::truncated_svd(tasks.data(), static_cast<long>(tasks.size()), threads);
+        done = federa::truncated_svd(tasks.data(), static_cast<long>(tasks.size()), threads, interrupted);
     }
+    if (!done) throw py::error_already_set();
     py::list results;
     for (const auto& task : tasks)
         results.append(py::make_tuple(static_cast<int>(task.status), task.right, task.following, task.matvecs));
@@ -209,5 +217,6 @@ PYBIND11_MODULE(_C, module) {
     module.def("low_rank_linear", &low_rank_linear);
     module.def("low_rank_backward", &low_rank_backward);
     module.def("truncated_svd", &truncated_svd);
+    module.def("has_tiles", &federa::has_tiles, "whether truncated_svd can take a Gram matrix on the tile units");
     module.def("cuda_devices", &cuda_devices, "[{name, capability, memory in bytes}], or the driver's error as text");
 }

@@ -34,3 +34,11 @@ def test_instruction_tuning_answers_questions_it_was_never_asked(family, tmp_pat
     """Trained, exported, loaded by transformers and generating: one answer in ten would be right by chance."""
     example = runpy.run_path(str(EXAMPLES / "instruction_tuning.py"))
     assert example["main"](family, str(tmp_path)) >= 0.5
+
+
+def test_what_peft_starts_from_beside_ours(minilm_path):
+    pytest.importorskip("peft")
+    example = runpy.run_path(str(EXAMPLES / "compare_svd_with_peft.py"))
+    (lost, change), (our_lost, our_change) = example["compare"](example["real_weight"]()).values()
+    assert 1e-4 < lost < 0.1 and 0.05 < change < 1
+    assert our_lost <= 1e-6 and our_change == 0
