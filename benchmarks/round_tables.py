@@ -72,9 +72,9 @@ def round_table(records: Sequence[Row]) -> str:
     environment = max((row["environment"] for row in newest(records)), key=lambda facts: facts["utc"])
     facts = (
         f"all-MiniLM-L6-v2 on 20 Newsgroups, rank 8 on query and value, one local step a client, on "
-        f"{environment['threads']} CPU threads: {environment['device']}; torch {environment['versions']['torch']}, peft "
-        f"{environment['versions'].get('peft', 'absent')}. Medians of rounds taken in turns. Commit "
-        f"{environment['commit']}, {environment['utc'][:10]}."
+        f"{environment['threads']} CPU threads: {environment['device']}; torch {environment['versions']['torch']}, "
+        f"peft {environment['versions'].get('peft', 'absent')}. Medians of rounds taken in turns. "
+        f"Commit {environment['commit']}, {environment['utc'][:10]}."
     )
     return "\n".join(lines) + f"\n\n{facts}\n"
 
