@@ -1,5 +1,5 @@
 # Each target works on a fresh clone: it makes .venv, installs what it needs once, and is quick the second time.
-#   make run | test | bench | record | lint | kernels | clean     ARGS="..." goes to federa or pytest
+#   make run | test | test-flower | bench | record | lint | kernels | clean     ARGS="..." goes to federa or pytest
 #   PYTHON=python3.12   which Python makes the environment (3.11 or newer)
 #   SYSTEM_TORCH=1      use the PyTorch that PYTHON already has, such as a CPU build, instead of the pinned one
 
@@ -12,7 +12,7 @@ CANDIDATES := $(PYTHON) $(if $(filter file,$(origin PYTHON)),python3.13 python3.
 VENV := $(if $(SYSTEM_TORCH),.venv-system-torch,.venv)
 BIN := $(VENV)/bin
 
-.PHONY: help run test bench record lint kernels clean
+.PHONY: help run test test-flower bench record lint kernels clean
 
 help:
 	@sed -n 's/^# \{0,1\}//p' Makefile | head -4
@@ -22,6 +22,10 @@ run: $(VENV)/.demo
 
 test: $(VENV)/.test
 	$(BIN)/python -m pytest $(ARGS)
+
+# A deployment of real processes on loopback; the default suite has what needs none.
+test-flower: $(VENV)/.test
+	$(BIN)/python -m pytest -m flower $(ARGS)
 
 bench: $(VENV)/.test
 	$(BIN)/python -m pytest benchmarks --benchmark-columns=median,iqr,rounds $(ARGS)

@@ -1,6 +1,6 @@
-"""Samples a second of a round's local training: all-MiniLM-L6-v2 on 20 Newsgroups, adapters on query and value, no dropout.
+"""Samples a second of a round's local training: MiniLM on 20 Newsgroups, adapters on query and value, no dropout.
 
-Every provider trains the same clients, each some steps of one batch size on its own examples, optimiser fresh:
+Every provider trains clients of one kind, each a step of one batch of its own examples with a fresh optimiser:
 
   peft            transformers and PEFT's LoRA, clients in turn, batches at random padded to their longest, fp32
   peft bf16       the same with autocast and batches of like length: the peer at its best
@@ -8,7 +8,7 @@ Every provider trains the same clients, each some steps of one batch size on its
   alone           federa, one client after another (run.cohort 1)
   cohort C        federa, C clients in one batch
   ... bf16        with a bfloat16 residual (fp32 activations); "... bf16 all": activations too (model.precision)
-  floor           the cohort's tokens through the frozen encoder and back to its inputs: no adapter, no head, no optimiser
+  floor           the same tokens through the frozen encoder and back to its inputs: no adapter, head or optimiser
 
 --data names a folder with train.jsonl.gz and test.jsonl.gz of 20 Newsgroups.
 """
@@ -32,6 +32,7 @@ from federa.cohort import train_cohort
 from federa.config import Config, load_config
 from federa.data import Examples, length_grouped_batches
 from federa.experiment import Experiment, build
+from federa.models import quiet_transformers
 from federa_kernels import FeDeRALinear
 
 SUBJECT = "federated_round"
@@ -39,6 +40,7 @@ CASES = {  # tokens, batch, clients
     "cpu": ((256, 16, 4), (128, 16, 8), (128, 4, 32)),
     "cuda": ((128, 16, 32),),
 }
+SAMPLES = 64  # of a turn of those who train clients one after another
 COHORTS = (2, 4, 8, 16, 32)
 TARGETS = ["query", "value"]
 ROUNDS = (3, 9)
@@ -64,17 +66,17 @@ class Work:
         self.make = lambda **sections: build(config_of(data, tokens, batch, clients, **sections))
         self.experiment = self.make()
         self.batch, self.clients = batch, clients
-        self.samples = batch * clients
+        self.few = min(clients, SAMPLES // batch)  # clients of a turn where none shares a batch
 
     def plain_model(self) -> nn.Module:
         """The unadapted classifier with the same head."""
         from transformers import AutoModelForSequenceClassification
 
         source, learner = self.experiment.source, self.experiment.learner
-        labels = len(self.experiment.corpus.label_names)
-        model = AutoModelForSequenceClassification.from_pretrained(
-            source.location, num_labels=labels, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0
-        )
+        settings = {"num_labels": len(self.experiment.corpus.label_names)}
+        settings |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+        with quiet_transformers():
+            model = AutoModelForSequenceClassification.from_pretrained(source.location, **settings)
         with torch.no_grad():
             for name in learner.head:
                 model.get_parameter(name).copy_(learner.trainable[name])
@@ -97,7 +99,7 @@ def train_plainly(work: Work, model: nn.Module, grouped: bool, autocast: bool) -
 
     def turn(number: int) -> float:
         total = 0.0
-        for client in range(work.clients):
+        for client in range(work.few):
             with torch.no_grad():
                 for parameter, value in zip(trained, start, strict=True):
                     parameter.copy_(value)
@@ -111,7 +113,7 @@ def train_plainly(work: Work, model: nn.Module, grouped: bool, autocast: bool) -
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             total += loss.item()
-        return total / work.clients
+        return total / work.few
 
     return turn
 
@@ -146,17 +148,15 @@ def plain(work: Work) -> Callable[[int], float]:
 
 
 def ours(work: Work, cohort: int, experiment: Experiment) -> Callable[[int], float]:
-    """Clients one after another (cohort 1) or in cohorts; a turn is a round."""
+    """Clients one after another (cohort 1) or as one cohort."""
     learner, config, start = experiment.learner, experiment.config, experiment.learner.state()
 
     def turn(number: int) -> float:
-        round, updates = number + 1, []
-        for first in range(0, work.clients, cohort):
-            group = [(c, experiment.clients[c]) for c in range(first, first + cohort)]
-            if cohort == 1:
-                updates.append(train_client(learner, experiment.train, *group[0][::-1], round, start, config))
-            else:
-                updates += train_cohort(learner, experiment.train, group, round, start, config)
+        group = [(c, experiment.clients[c]) for c in range(max(cohort, work.few if cohort == 1 else 1))]
+        if cohort == 1:
+            updates = [train_client(learner, experiment.train, own, c, number + 1, start, config) for c, own in group]
+        else:
+            updates = train_cohort(learner, experiment.train, group, number + 1, start, config)
         return float(np.mean([update.metrics["loss"] for update in updates]))
 
     return turn
@@ -173,7 +173,7 @@ def floor(work: Work, grouped_examples: Examples) -> Callable[[int], float]:
     backbone, device = model.base_model, work.experiment.learner.device
 
     def turn(number: int) -> float:
-        indices = np.concatenate([work.batches(client, number, True) for client in range(work.clients)])
+        indices = np.concatenate([work.batches(client, number, True) for client in range(work.few)])
         batch = {name: tensor.to(device) for name, tensor in grouped_examples.batch(indices).items()}
         embedded = backbone.get_input_embeddings()(batch["input_ids"]).requires_grad_()
         hidden = backbone(inputs_embeds=embedded, attention_mask=batch["attention_mask"]).last_hidden_state
@@ -200,9 +200,15 @@ def providers(work: Work) -> Mapping[str, Callable[[int], float]]:
     for suffix, experiment in kinds.items():
         found[f"alone{suffix}"] = ours(work, 1, experiment)
         for cohort in COHORTS if not suffix else (work.clients,):
-            if cohort <= work.clients and work.clients % cohort == 0:
+            if cohort <= work.clients:
                 found[f"cohort {cohort}{suffix}"] = ours(work, cohort, experiment)
     return found
+
+
+def samples_of(name: str, work: Work) -> int:
+    """Of one turn of a provider."""
+    words = name.split()
+    return work.batch * (int(words[1]) if words[0] == "cohort" else work.few)
 
 
 def judged(work: Work, turns: Mapping[str, Callable[[int], float]]) -> dict[str, str]:
@@ -232,8 +238,9 @@ def run_case(data: Path, sizes: Sequence[int], options: argparse.Namespace) -> l
     }
     times = interleave(runners, options.seconds, ROUNDS)
     environment, found = store.environment(options.device), []
-    base = percentiles([row[0] for row in times["peft"]])[1]
+    base = percentiles([row[0] for row in times["peft"]])[1] / samples_of("peft", work)
     for name in turns:
+        samples = samples_of(name, work)
         ms = None if name in wrong else percentiles([row[0] for row in times[name]])
         found.append(
             {
@@ -247,9 +254,9 @@ def run_case(data: Path, sizes: Sequence[int], options: argparse.Namespace) -> l
                 "refused": wrong.get(name),
                 "ms": ms,
                 "rounds": len(times.get(name, ())),
-                "ratio": None if ms is None else float(f"{base / ms[1]:.4g}"),
+                "ratio": None if ms is None else float(f"{base * samples / ms[1]:.4g}"),
                 "baseline": "peft",
-                "samples_per_second": None if ms is None else float(f"{1e3 * work.samples / ms[1]:.4g}"),
+                "samples_per_second": None if ms is None else float(f"{1e3 * samples / ms[1]:.4g}"),
                 "environment": environment,
             }
         )

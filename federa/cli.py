@@ -20,6 +20,8 @@ app = typer.Typer(
 console = Console()
 errors = Console(stderr=True, highlight=False, soft_wrap=True)
 
+flower = typer.Typer(help="Runs over real sites, with Flower as the network.", no_args_is_help=True)
+app.add_typer(flower, name="flower")
 TAKE_UP = "`federa resume DIR` takes a run up after its last saved round, the same `federa study` a study"
 
 ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file; see examples/.")]
@@ -41,6 +43,7 @@ def run(
     """Run a configuration; a folder that holds the same run is taken up where it stopped."""
     from federa import baselines, simulation
     from federa.config import anchored, load_config
+    from federa.metrics import METRICS
     from federa.progress import RunProgress
     from federa.report import ResultRow
 
@@ -49,7 +52,8 @@ def run(
     with RunProgress(console) as watch:
         if baseline is not None:
             row = baselines.run_baseline(baseline, resolved, folder, watch)
-            watch.table([ResultRow(**{field: row[field] for field in ResultRow._fields})])
+            judged = METRICS[resolved.task.name]
+            watch.table([ResultRow(row["name"], *(metric.value(row) for metric in judged), row["note"])], judged)
             return
         simulation.run(resolved, folder, watch=watch)
         if yardsticks:
@@ -61,9 +65,13 @@ def run(
 def resume(directory: RunDir, set: Set = None) -> None:
     """Take a stopped run up after its last saved round; --set may change server.retries and server.min_updates."""
     from federa import simulation
+    from federa.flower.project import is_over_sites, resume_project
     from federa.progress import RunProgress
 
     with RunProgress(console) as watch:
+        if is_over_sites(directory):
+            watch.bars.stop()
+            resume_project(directory, set or [])
         simulation.resume(directory, overrides=set or [], watch=watch)
         watch.summary(directory)
 
@@ -116,7 +124,7 @@ def partition(
     corpus, shares, counts = partition_of(load_config(config, set or []))
     console.print(partition_table(corpus, shares, counts))
     with _writing(output):
-        plot_partition(counts, corpus.label_names, output, shares.convention, shares.names)
+        plot_partition(counts, corpus.strata, output, shares.convention, shares.names)
 
 
 @app.command()
@@ -163,6 +171,37 @@ def report(
     path = folders[0] / "report.html" if len(folders) == 1 else output
     with _writing(path):
         write_report(folders[0]) if len(folders) == 1 else write_comparison(folders, output)
+
+
+@app.command()
+def worker(
+    socket: Annotated[Path, typer.Argument(metavar="SOCKET", help="A path; only its owner may open it.")],
+    folder: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Keeps runs' initial factors. Default: the user's cache.")
+    ] = None,
+) -> None:
+    """Keep a site's model in memory, for the Flower processes that ask; started again whenever it dies."""
+    from federa.flower.worker import site_folder, supervise
+
+    supervise(socket, folder or site_folder())
+
+
+@flower.command("init")
+def flower_init(
+    config: ConfigFile,
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="A new folder.")],
+    set: Set = None,
+    sites: Annotated[int | None, typer.Option(metavar="N", help="SuperNodes. Default: one a client.")] = None,
+    address: Annotated[
+        str, typer.Option(metavar="HOST:PORT", help="The SuperLink's, as the sites reach it.")
+    ] = "127.0.0.1:8000",
+    tls: Annotated[bool, typer.Option("--tls/--insecure", help="Certificates and keys, or plain text.")] = True,
+) -> None:
+    """Write all that a deployment needs: project file, certificates, keys and a README with the commands."""
+    from federa.flower.project import init_project
+
+    path = init_project(config, directory, sites=sites, address=address, insecure=not tls, overrides=set or [])
+    console.print(f"wrote {path}; {path / 'README.md'} says how to start", soft_wrap=True, markup=False, emoji=False)
 
 
 @app.command()

@@ -12,7 +12,6 @@ from federa.config import ClientConfig, Config
 from federa.data import Examples, length_grouped_batches
 from federa.methods import Learner
 from federa.randomness import Purpose, generator, torch_seed
-from federa.tasks import losses
 
 
 @dataclass(frozen=True)
@@ -25,6 +24,7 @@ class ClientUpdate:
     tensors: Mapping[str, torch.Tensor]
     metrics: Mapping[str, float]
     finite: bool = True
+    problem: str | None = None  # why there is no usable update: a site that did not answer
 
 
 def train_client(
@@ -64,8 +64,8 @@ def train_client(
 class LocalOptimizer:
     """One client's optimiser in one round of `total` steps, begun afresh from the parameters as they are.
 
-    A step adds FedProx's mu (w - start) to the gradients, clips their norm, adds the correction, takes the rate that the
-    schedule over all rounds has come to, updates and clears the gradients.
+    A step adds FedProx's mu (w - start) to the gradients, clips their norm, adds the correction, takes the rate that
+    the schedule over all rounds has come to, updates and clears the gradients.
     """
 
     def __init__(
@@ -113,7 +113,7 @@ def _accumulate_gradients(learner: Learner, examples: Examples, batches: list[np
     units, total = _units(examples, batches), 0.0
     for indices in batches:
         batch = {name: tensor.to(learner.device) for name, tensor in examples.batch(indices).items()}
-        loss = losses(learner.model, batch).sum()
+        loss = learner.task.losses(learner.model, batch).sum()
         (loss / units).backward()
         total += loss.item()
     return total

@@ -40,6 +40,9 @@ def make_partition(
     labels (n,) integers; names (n,) for scheme natural; embeddings (n, d) floats, or a function that computes them
     and is called for scheme kmeans only. Raises InputError, one line that names the key.
     """
+    if config.scheme == "sites":
+        empty = [np.arange(0) for _ in range(config.clients)]
+        return Partition("sites", "sites: each client is a real site with its own data", empty)
     labels = _integers(labels)
     rng = generator(seed, Purpose.PARTITION)
     clients, alpha, min_size = config.clients, config.alpha, config.min_size
@@ -240,7 +243,9 @@ def partition_like(
 
 
 def label_counts(indices: Sequence[np.ndarray], labels: np.ndarray, num_labels: int) -> np.ndarray:
-    """(C, L) integers: how many examples of each label every client holds."""
+    """(C, L) integers: how many examples of each label every client holds; zeros where nobody's are here (sites)."""
+    if not any(len(held) for held in indices):
+        return np.zeros((len(indices), num_labels), np.int64)
     labels = _integers(labels)
     if labels.max() >= num_labels:
         raise InputError(f"partition: labels must be below {num_labels}, the number of labels, got {labels.max()}")

@@ -25,7 +25,7 @@ from federa.folder import RunFolder, environment
 from federa.methods import Broadcast
 from federa.partition import label_counts
 from federa.records import read_run
-from federa.rounds import Watch, evaluate_round, run_rounds, test_scores, train_in_turn
+from federa.rounds import Train, Watch, evaluate_round, run_rounds, test_scores, train_in_turn
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,11 @@ class RunResult:
     best: Mapping[str, Any] | None
     records: Sequence[Mapping[str, Any]]
     facts: Mapping[str, Any]
+
+    @property
+    def score(self) -> float:
+        """The task's metric on the test set after the last round."""
+        return self.test[self.facts["metric"]]
 
     @property
     def accuracy(self) -> float:
@@ -61,17 +66,19 @@ def run(
     *,
     overrides: Sequence[str] = (),
     watch: Watch = _silent,
+    train: Train | None = None,
 ) -> RunResult:
     """Runs a configuration (file, mapping or Config, with "section.key=value" overrides) into the folder `output`.
 
     A folder that holds the same run is taken up where it stopped, or read if it is finished. `watch(event, facts)` is
-    called as things happen: "ready", "client", "round", "scored". Raises InputError for bad input, before any training,
-    and RunError when a round cannot be completed; every finished round stays saved.
+    called as things happen: "ready", "client", "round", "scored"; `train` is how a round's clients train (None: here,
+    in cohorts). Raises InputError for bad input, before any training, and RunError when a round cannot be completed;
+    every finished round stays saved.
     """
     resolved = anchored(load_config(config, overrides))
     folder = RunFolder.create(output, resolved)
     with folder.lock():
-        return _finished(folder) or _train(folder, resolved, watch)
+        return _finished(folder) or _train(folder, resolved, watch, train)
 
 
 def resume(output: str | Path, *, overrides: Sequence[str] = (), watch: Watch = _silent) -> RunResult:
@@ -128,7 +135,9 @@ def _finished(folder: RunFolder) -> RunResult | None:
     return RunResult(folder.path, facts["test"], facts["validation"], facts["best"], folder.metrics(), facts)
 
 
-def _train(folder: RunFolder, config: Config, watch: Watch) -> RunResult:
+def _train(folder: RunFolder, config: Config, watch: Watch, train: Train | None = None) -> RunResult:
+    if config.partition.scheme == "sites" and train is None:
+        raise InputError("partition.scheme: sites is for real sites, which hold the data: `federa flower init`")
     clear_leftovers(folder.path)
     begun = folder.init_file.is_file() or bool(checkpoint_rounds(folder))
     device = _recorded_device(folder) if begun else None
@@ -137,11 +146,13 @@ def _train(folder: RunFolder, config: Config, watch: Watch) -> RunResult:
         raise InputError(f"{folder.path}: data.* must give the texts that this run began with, got other ones")
     state = newest_checkpoint(folder, experiment.digest, experiment.learner.state()) if begun else None
     if state is None:
-        state = _begin(experiment, folder)
+        state = _begin(experiment, folder, choose_size(experiment) if train is None else 1)
     folder.rewind_metrics(state.round)
-    cohort = folder.metrics()[-1].get("cohort") or folder.read_json(folder.environment_file, ("cohort",))["cohort"]
-    watch("ready", {"experiment": experiment, "state": state, "cohort": cohort})
-    state = run_rounds(experiment, folder, state, watch, Cohorts(cohort) if cohort > 1 else train_in_turn)
+    if train is None:
+        cohort = folder.metrics()[-1].get("cohort") or folder.read_json(folder.environment_file, ("cohort",))["cohort"]
+        train = Cohorts(cohort) if cohort > 1 else train_in_turn
+    watch("ready", {"experiment": experiment, "state": state, "cohort": getattr(train, "size", 1)})
+    state = run_rounds(experiment, folder, state, watch, train)
     return _conclude(experiment, folder, state, watch)
 
 
@@ -159,14 +170,14 @@ def _recorded_device(folder: RunFolder) -> str:
     return device
 
 
-def _begin(experiment: Experiment, folder: RunFolder) -> State:
+def _begin(experiment: Experiment, folder: RunFolder, cohort: int) -> State:
     """Writes what is known before the first round; init.safetensors last, so that it stands for all of it."""
     learner = experiment.learner
     folder.write_config(experiment.config)
-    facts = environment(str(learner.device), torch.get_num_threads(), choose_size(experiment))
+    facts = environment(str(learner.device), torch.get_num_threads(), cohort)
     facts["adapt_seconds"] = experiment.adapt_seconds
     folder.write_json(folder.environment_file.name, facts)
-    labels, partition = experiment.corpus.label_names, experiment.partition
+    labels, partition = experiment.corpus.strata, experiment.partition
     counts = label_counts(partition.indices, experiment.train.labels, len(labels))
     facts = {"scheme": partition.scheme, "convention": partition.convention, "label_names": labels}
     facts |= {"counts": counts.tolist(), "names": partition.names, "data": experiment.data_digest()}
@@ -200,6 +211,7 @@ def _conclude(experiment: Experiment, folder: RunFolder, state: State, watch: Wa
     trainable = sum(parameter.numel() for parameter in learner.trainable.values())
     facts = {
         "rounds": state.round,
+        "metric": experiment.task.metric.key,
         "test": test,
         "validation": records[-1].get("validation"),
         "best": best,
