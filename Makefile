@@ -1,6 +1,7 @@
 # Each target works on a fresh clone: it makes .venv, installs what it needs once, and is quick the second time.
 #   make run | test | test-flower | bench | record | lint | kernels | clean     ARGS="..." goes to federa or pytest
 #   PYTHON=python3.12   which Python makes the environment (3.11 or newer)
+#   WORKERS=N           processes that share the tests (default 2; 0: one, with its output as it comes)
 #   SYSTEM_TORCH=1      use the PyTorch that PYTHON already has, such as a CPU build, instead of the pinned one
 
 SHELL := /bin/bash
@@ -8,6 +9,7 @@ SHELL := /bin/bash
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 PYTHON ?= python3
+WORKERS ?= 2
 CANDIDATES := $(PYTHON) $(if $(filter file,$(origin PYTHON)),python3.13 python3.12 python3.11 python3.14)
 VENV := $(if $(SYSTEM_TORCH),.venv-system-torch,.venv)
 BIN := $(VENV)/bin
@@ -15,13 +17,13 @@ BIN := $(VENV)/bin
 .PHONY: help run test test-flower bench record lint kernels clean
 
 help:
-	@sed -n 's/^# \{0,1\}//p' Makefile | head -4
+	@sed -n 's/^# \{0,1\}//p' Makefile | head -5
 
 run: $(VENV)/.demo
 	$(BIN)/federa run examples/stdlib_docs.yaml --output runs/demo --yardsticks $(ARGS)
 
 test: $(VENV)/.test
-	$(BIN)/python -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
 
 # A deployment of real processes on loopback; the default suite has what needs none.
 test-flower: $(VENV)/.test
