@@ -30,7 +30,7 @@ class SparseStart(FeDeRALinear):
     _looked: tuple[int, bool] = (-1, False)
 
     def forward(self, x: Tensor) -> Tensor:
-        if not (self.sparse.requires_grad or self.changed):
+        if not ((self.sparse.requires_grad and self.training) or self.changed):
             return super().forward(x)
         low_rank = F.linear(F.linear(x, self.lora_A), self.lora_B)
         return F.linear(x, self.residual + self.dense(), self.bias) + self.scaling * low_rank

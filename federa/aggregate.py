@@ -9,7 +9,7 @@ import torch
 from federa.client import ClientUpdate
 from federa.config import PrivacyConfig, ServerConfig
 from federa.methods import Pair
-from federa_kernels import factored_svd
+from federa_kernels import TruncatedSVD, factored_svd, truncated_svd
 
 Tensors = Mapping[str, torch.Tensor]
 Factors = tuple[torch.Tensor, torch.Tensor]  # left (N, L), right (L, K)
@@ -82,16 +82,18 @@ class Aggregate:
 
     mean     what the server's optimiser steps towards
     factors  what is final as it is
-    moves    name of a frozen weight -> (left, right) float64: left @ right (N, K) is added to it
+    moves    name of a frozen weight -> (left, right) float64: left @ right (N, K) is added to it; or that as it is
     ranks    name -> rank of its move as it is sent
+    memory   of a server's optimiser that has stepped already
     drift    ||s (sum_c p_c B_c A_c - B A)|| / ||s (sum_c p_c B_c A_c - X)|| over all layers, B A the next product and X
              the one before; None where it is not measured or zero by construction
     """
 
     mean: dict[str, torch.Tensor]
     factors: dict[str, torch.Tensor] = field(default_factory=dict)
-    moves: dict[str, Factors] = field(default_factory=dict)
+    moves: dict[str, Factors | torch.Tensor] = field(default_factory=dict)
     ranks: dict[str, int] = field(default_factory=dict)
+    memory: dict[str, torch.Tensor] = field(default_factory=dict)
     drift: float | None = None
 
 
@@ -100,7 +102,7 @@ class Terms:
     """What an aggregator needs of the round it serves.
 
     current: the tensors that train in it, as they were sent out. pairs: the layers whose two factors are among them.
-    rank_of: client -> rank. restart: the factors that flora begins anew from.
+    rank_of: client -> rank. restart: the factors that flora begins anew from. memory: the server's optimiser's.
     """
 
     config: ServerConfig
@@ -109,6 +111,7 @@ class Terms:
     rank_of: Callable[[int], int] | None = None
     restart: Callable[[], Tensors] = dict
     drift: bool = False
+    memory: Tensors = field(default_factory=dict)
 
 
 class Products:
@@ -146,14 +149,15 @@ class Products:
         rights = [right.double() for _, right in products]
         return torch.cat([*lefts, -pair.scaling * B.double()], 1), torch.cat([*rights, A.double()])
 
+    def distance(self, tensors: Tensors) -> float:
+        """||s (sum_c p_c B_c A_c - B A)|| over all layers, B A of `tensors`."""
+        norms = [_norm(*self.minus(pair, tensors[pair.lora_B], tensors[pair.lora_A])) for pair in self.terms.pairs]
+        return math.hypot(*norms)
+
     def drift(self, following: Tensors) -> float | None:
         """See `Aggregate`."""
-        gap, change = 0.0, 0.0
-        for pair in self.terms.pairs:
-            for tensors, add in ((following, 0), (self.terms.current, 1)):
-                square = _norm(*self.minus(pair, tensors[pair.lora_B], tensors[pair.lora_A])) ** 2
-                gap, change = (gap, change + square) if add else (gap + square, change)
-        return math.sqrt(gap / change) if change > 0 else None
+        change = self.distance(self.terms.current)
+        return self.distance(following) / change if change > 0 else None
 
 
 def _norm(left: torch.Tensor, right: torch.Tensor) -> float:
@@ -203,7 +207,9 @@ class Stacked:
     refactor-exact: the same, and W gets the part that was cut (arXiv 2603.08014), but for the smallest singular values
     whose squares add up to at most config.tolerance of the round's squared change.
 
-    Memory: one adapter a client. With config.lr != 1 the product is (1 - lr) X + lr sum_c p_c B_c A_c.
+    Memory: one adapter a client. With config.lr != 1 the product is (1 - lr) X + lr sum_c p_c B_c A_c. FedAvgM and
+    FedAdam step from s X along its change, since factors have another basis each round: they keep one or two dense
+    tensors (N, K) a layer, and moves are dense.
     """
 
     def __init__(self, terms: Terms):
@@ -215,6 +221,8 @@ class Stacked:
         self._products.add(update)
 
     def result(self) -> Aggregate:
+        if self.terms.config.optimizer != "fedavg":
+            return self._stepped()
         terms, lr = self.terms, self.terms.config.lr
         factors, moves, ranks = {}, {}, {}
         begun = terms.restart() if terms.config.aggregation == "flora" else {}
@@ -231,6 +239,29 @@ class Stacked:
             return Aggregate(self._rest.result(terms.current), factors, drift=drift)
         return Aggregate(self._rest.result(terms.current), factors, moves, ranks)
 
+    def _stepped(self) -> Aggregate:
+        terms, kind = self.terms, self.terms.config.aggregation
+        factors, moves, ranks, memory = {}, {}, {}, {}
+        begun = terms.restart() if kind == "flora" else {}
+        for pair in terms.pairs:
+            B, A = terms.current[pair.lora_B], terms.current[pair.lora_A]
+            left, right = self._products.minus(pair, B, A)
+            change = {pair.residual: (left @ right).to(A.dtype)}
+            start = {pair.residual: torch.zeros_like(change[pair.residual])}
+            step, kept = server_step(terms.config, start, change, terms.memory)
+            memory |= kept
+            product = B.double() @ A.double() + step[pair.residual].double() / pair.scaling
+            if begun:
+                factors |= {name: begun[name] for name in (pair.lora_A, pair.lora_B)}
+            else:
+                if product.any():  # zeros would never train again
+                    B, A = _halves(truncated_svd(product, A.shape[0]), A.shape[0], A.dtype)
+                factors |= {pair.lora_B: B, pair.lora_A: A}
+            if kind != "flexlora":
+                rest = product - factors[pair.lora_B].double() @ factors[pair.lora_A].double()
+                moves[pair.residual], ranks[pair.residual] = pair.scaling * rest, min(pair.shape)
+        return Aggregate(self._rest.result(terms.current), factors, moves, ranks, memory)
+
     def _rank(self, client: int, pair: Pair) -> int:
         return self.terms.rank_of(client) if self.terms.rank_of else self.terms.current[pair.lora_A].shape[0]
 
@@ -241,10 +272,9 @@ class Stacked:
         products, weights = self._products.weighted(pair, lr)
         inner = min(*pair.shape, sum(right.shape[0] for _, right in products))
         found = factored_svd(products, weights, max(R, inner) if tolerance else R)
-        if not found.S.any():  # nothing was learnt: zeros would never train again
+        if not found.S.any():  # zeros would never train again
             return (B, A), self._products.minus(pair, B, A, lr), 0
-        root = found.S[:R].sqrt()
-        B, A = (found.U[:, :R] * root).to(dtype), (root[:, None] * found.Vh[:R]).to(dtype)
+        B, A = _halves(found, R, dtype)
         if not tolerance:
             return (B, A), self._products.minus(pair, B, A, lr), max(0, inner - R)
         change = _norm(*self._products.minus(pair, current[pair.lora_B], current[pair.lora_A], lr)) / pair.scaling
@@ -252,6 +282,12 @@ class Stacked:
         kept = max(R, int((lost > tolerance * change**2).sum()))
         left = pair.scaling * (found.U * found.S)[:, R:kept].double()
         return (B, A), (left, found.Vh[R:kept].double()), kept - R
+
+
+def _halves(found: TruncatedSVD, rank: int, dtype: torch.dtype) -> Factors:
+    """B = U sqrt(S), A = sqrt(S) V^T of the first `rank` triplets."""
+    root = found.S[:rank].sqrt()
+    return (found.U[:, :rank] * root).to(dtype), (root[:, None] * found.Vh[:rank]).to(dtype)
 
 
 class Robust:
@@ -346,11 +382,12 @@ def shortened(tensors: Tensors, current: Tensors, longest: float) -> dict[str, t
     }
 
 
-def moved(base: Tensors, moves: Mapping[str, Factors]) -> dict[str, torch.Tensor]:
+def moved(base: Tensors, moves: Mapping[str, Factors | torch.Tensor]) -> dict[str, torch.Tensor]:
     """The frozen weights after a round: each in float64, rounded once."""
     following = dict(base)
-    for name, (left, right) in moves.items():
-        following[name] = (base[name].double() + left @ right).to(base[name].dtype)
+    for name, move in moves.items():
+        dense = move if isinstance(move, torch.Tensor) else move[0] @ move[1]
+        following[name] = (base[name].double() + dense).to(base[name].dtype)
     return following
 
 

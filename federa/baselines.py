@@ -1,4 +1,4 @@
-"""Yardsticks for a run, on the same data, model and code: what its accuracy has to be compared with."""
+"""Yardsticks for a run, on the same data, model and code: what its score has to be compared with."""
 
 import math
 from collections.abc import Mapping
@@ -8,49 +8,53 @@ from typing import Any
 import numpy as np
 
 from federa.client import train_client
-from federa.config import Config, changed, config_digest
+from federa.config import Config, changed, config_digest, head_only
 from federa.errors import InputError
 from federa.experiment import Experiment, build, partition_of
 from federa.folder import RunFolder
+from federa.metrics import METRICS
 from federa.partition import partition_like
 from federa.randomness import Purpose, generator
 from federa.report import write_report
 from federa.rounds import Watch
 from federa.simulation import run
 from federa.sources import load_corpus
-from federa.tasks import Predictions, mean_features, predict, score
+from federa.tasks import Predictions, make_task, mean_features
 
 BASELINES = ("pooled", "local", "head-only", "linear-probe")
 YARDSTICKS = ("majority", "head-only", "linear-probe", "pooled")
 PROBE_C = (0.01, 0.03, 0.1, 0.3, 1.0, 10.0, 100.0)  # inverse regularisation, chosen on the validation split
 
-ROW = ("name", "accuracy", "macro_f1", "note")
 Row = dict[str, Any]
 
 
 def run_baseline(name: str, config: Config, output: str | Path, watch: Watch) -> Row:
-    """Runs one of BASELINES for `config` into the folder `output` and returns {"name", "accuracy", "macro_f1", "note"}.
+    """Runs one of BASELINES for `config` into the folder `output` and returns {"name", the task's two metrics, "note"}.
 
     head-only: the same federated run without adapters. pooled: one site with all the data, as many examples seen in
     all. local: every client alone with the examples it would have seen on average, scored on its own share of the
     test set. linear-probe: logistic regression on the frozen backbone's mean-pooled features. A finished one is read.
+    Raises InputError for a baseline that the task has no use for.
     """
     if name not in BASELINES:
         raise InputError(f"--baseline: must be one of {', '.join(BASELINES)}, got {name!r}")
+    if (problem := misfit(name, config)) is not None:
+        others = ", ".join(other for other in BASELINES if misfit(other, config) is None)
+        raise InputError(f"--baseline: {name} {problem} and cannot serve task.name {config.task.name}; {others} can")
     stored = Path(output) / "baseline.json"
     key = {"name": name, "config": config_digest(config)}
     if stored.is_file():
-        row = RunFolder(output).read_json(stored, (*ROW, "config"))
+        row = RunFolder(output).read_json(stored, (*_keys(config), "config"))
         if {field: row.get(field) for field in key} == key:
             return row
         raise InputError(f"{output}: already holds a baseline of another run; choose another --output or delete it")
-    frozen = changed(config, method={"name": "head-only"})
+    frozen = head_only(config)
     if name == "head-only":
         result = run(frozen, output, watch=watch)
-        row = _row(name, result.test, "federated, backbone frozen")
+        row = _row(name, config, result.test, "federated, backbone frozen")
     elif name == "pooled":
         result = run(_pooled(config), output, watch=watch)
-        row = _row(name, result.test, "one site with all the data, as many examples seen")
+        row = _row(name, config, result.test, "one site with all the data, as many examples seen")
     else:
         folder = RunFolder.create(output, config)
         with folder.lock():
@@ -66,22 +70,36 @@ def yardsticks(config: Config, output: str | Path, watch: Watch) -> list[Row]:
     """
     folder, rows = RunFolder.open(output), []
     for name in YARDSTICKS:
+        if misfit(name, config) is not None:
+            continue
         watch("baseline", {"name": name})
         if name == "majority":
             rows.append(majority(config))
         else:
             rows.append(run_baseline(name, config, folder.path / "baselines" / name, watch))
-    folder.write_json("yardsticks.json", [{key: row[key] for key in ROW} for row in rows])
+    folder.write_json("yardsticks.json", [{key: row[key] for key in _keys(config)} for row in rows])
     write_report(folder.path)
     return rows
 
 
+def misfit(name: str, config: Config) -> str | None:
+    """Why a baseline or yardstick cannot serve the configuration's task, or None."""
+    task = make_task(config.task)
+    if name in ("linear-probe", "majority") and task.unlabelled is not None:
+        return "predicts one label an example"
+    if name == "head-only" and config.task.name == "causal-lm":
+        return "trains a new head alone"
+    return None
+
+
 def majority(config: Config) -> Row:
     """Always the label most frequent in the training data."""
-    corpus = load_corpus(config.data, config.seed)
+    task = make_task(config.task)
+    corpus = load_corpus(config.data, config.seed, task)
     labels = corpus.test.labels
     guess = np.full_like(labels, np.bincount(corpus.train.labels).argmax())
-    return _row("majority", score(Predictions(guess, labels, np.zeros(len(labels)))), "always the most frequent label")
+    scores = task.score(Predictions(guess, labels, np.zeros(len(labels))))
+    return _row("majority", config, scores, "always the most frequent label")
 
 
 def linear_probe(experiment: Experiment) -> Row:
@@ -98,27 +116,42 @@ def linear_probe(experiment: Experiment) -> Row:
         if accuracy > best:
             best, chosen = accuracy, probe
     predicted = chosen.predict(test).astype(np.int64)
-    scores = score(Predictions(predicted, experiment.test.labels, np.zeros(len(predicted))))
-    return _row("linear-probe", scores, f"logistic regression on frozen features, C = {chosen.C:g}")
+    scores = experiment.task.score(Predictions(predicted, experiment.test.labels, np.zeros(len(predicted))))
+    return _row("linear-probe", experiment.config, scores, f"logistic regression on frozen features, C = {chosen.C:g}")
 
 
 def local_only(config: Config, watch: Watch) -> Row:
-    """Mean over clients of the accuracy of each one's own model on its own share of the test set; the worst beside."""
+    """Mean over clients of the score of each one's own model on its own share of the test set; the worst beside."""
+    config = _single(config)
     experiment = build(config)
+    task, metric = experiment.task, experiment.task.metric
     config, learner, test = _alone(config, experiment), experiment.learner, experiment.test
     start = learner.state()
     rng = generator(config.seed, Purpose.EVALUATION)
-    shares = partition_like(experiment.clients, experiment.train.labels, test.labels, rng)
+    shares = partition_like(experiment.clients, experiment.train.labels, experiment.corpus.test.labels, rng)
     scores = []
     for client, (indices, share) in enumerate(zip(experiment.clients, shares, strict=True)):
         if len(share):
-            learner.load(train_client(learner, experiment.train, indices, client, 1, start, config).tensors)
-            own = predict(learner.model, test.take(share), config.evaluation.batch_size, learner.device)
-            scores.append(score(own))
+            update = train_client(learner, experiment.train, indices, client, 1, start, config)
+            learner.load({**start, **update.tensors})
+            own = test.take(test.of_rows(share))
+            scores.append(task.score(task.predict(learner.model, own, config.evaluation.batch_size, learner.device)))
         watch("client", {"round": 1, "client": client, "position": client + 1, "of": len(shares)})
-    means = {name: float(np.mean([one[name] for one in scores])) for name in ("accuracy", "macro_f1")}
-    worst = min(one["accuracy"] for one in scores)
-    return _row("local", means, f"mean of {len(scores)} clients on their own test data; worst {worst:.3f}")
+    means = {key: float(np.mean([one[key] for one in scores])) for key in scores[0]}
+    worst = (min if metric.share else max)(one[metric.key] for one in scores)
+    return _row("local", config, means, f"mean of {len(scores)} clients on their own test data; worst {worst:.3f}")
+
+
+def _single(config: Config) -> Config:
+    """`config` without what only rounds of many clients have: aggregation, mixed ranks, variates, noise, stages."""
+    name = "lora" if config.method.name in ("rolora", "slora") else config.method.name
+    return changed(
+        config,
+        method={"name": name, "client_ranks": None},
+        server={"aggregation": "fedavg", "clip_update": None},
+        client={"control_variates": False},
+        privacy={"clip": None},
+    )
 
 
 def _alone(config: Config, experiment: Experiment) -> Config:
@@ -132,6 +165,7 @@ def _alone(config: Config, experiment: Experiment) -> Config:
 
 def _pooled(config: Config) -> Config:
     """One client with all the data and one round, with as many examples seen as all rounds of the run together."""
+    config = _single(config)
     client = config.client
     batch = client.batch_size * client.accumulate
     sizes = [len(own) for own in partition_of(config)[1].indices]
@@ -148,5 +182,9 @@ def _pooled(config: Config) -> Config:
     )
 
 
-def _row(name: str, scores: Mapping[str, float], note: str) -> Row:
-    return {"name": name, "accuracy": scores["accuracy"], "macro_f1": scores["macro_f1"], "note": note}
+def _row(name: str, config: Config, scores: Mapping[str, float], note: str) -> Row:
+    return {"name": name} | {metric.key: scores[metric.key] for metric in METRICS[config.task.name]} | {"note": note}
+
+
+def _keys(config: Config) -> list[str]:
+    return ["name", *(metric.key for metric in METRICS[config.task.name]), "note"]

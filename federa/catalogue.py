@@ -310,8 +310,10 @@ pruning): it gets the first rows of A and columns of B, zero-padded they come ba
 A client that missed rounds receives all moves it missed, a layer as factors or as one dense change, whichever is
 smaller. Moved weights are kept in each checkpoint, and exports of such a run are merged or residual.
 
-FedAvgM and FedAdam step from fedavg's, fedex's or a robust mean; `server.lr` alone serves the others, too, where it
-mixes X and the clients' mean as products. FedProx goes with everything.
+FedAvgM and FedAdam step by coordinate of the tensors towards fedavg's, fedex's or a robust mean. With flora, flexlora
+and refactor-exact, whose factors have another basis each round, they step from the product X along its change, keep one
+or two dense tensors a layer, and moves are dense; `server.lr` alone mixes X and the clients' mean as products. FedSVD
+takes neither. FedProx goes with everything.
 
 `client.control_variates` is SCAFFOLD (arXiv 1910.06378, option II): the server computes the clients' variates from
 their updates and keeps one copy of the trained tensors for every client that has taken part; the correction goes down

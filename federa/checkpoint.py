@@ -27,7 +27,7 @@ class State:
     layers where the aggregation moves them, all of them, as they are now. variates: client -> its SCAFFOLD tensors.
     seen: client -> the last round it was sampled in, before which it had the one-off broadcast. moves: for every round
     the rank of each frozen weight's move. releases: attempts at rounds that privacy has paid for. bytes_total: sent so
-    far, both ways. seconds: spent so far. best: the round with the best validation accuracy so far and its scores.
+    far, both ways. seconds: spent so far. best: the round with the best validation score so far and its scores.
     """
 
     round: int

@@ -42,6 +42,7 @@ def run(
     """Run a configuration; a folder that holds the same run is taken up where it stopped."""
     from federa import baselines, simulation
     from federa.config import anchored, load_config
+    from federa.metrics import METRICS
     from federa.progress import RunProgress
     from federa.report import ResultRow
 
@@ -50,7 +51,8 @@ def run(
     with RunProgress(console) as watch:
         if baseline is not None:
             row = baselines.run_baseline(baseline, resolved, folder, watch)
-            watch.table([ResultRow(**{field: row[field] for field in ResultRow._fields})])
+            judged = METRICS[resolved.task.name]
+            watch.table([ResultRow(row["name"], *(metric.value(row) for metric in judged), row["note"])], judged)
             return
         simulation.run(resolved, folder, watch=watch)
         if yardsticks:
@@ -121,7 +123,7 @@ def partition(
     corpus, shares, counts = partition_of(load_config(config, set or []))
     console.print(partition_table(corpus, shares, counts))
     with _writing(output):
-        plot_partition(counts, corpus.label_names, output, shares.convention, shares.names)
+        plot_partition(counts, corpus.strata, output, shares.convention, shares.names)
 
 
 @app.command()

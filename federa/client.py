@@ -12,7 +12,6 @@ from federa.config import ClientConfig, Config
 from federa.data import Examples, length_grouped_batches
 from federa.methods import Learner
 from federa.randomness import Purpose, generator, torch_seed
-from federa.tasks import losses
 
 
 @dataclass(frozen=True)
@@ -114,7 +113,7 @@ def _accumulate_gradients(learner: Learner, examples: Examples, batches: list[np
     units, total = _units(examples, batches), 0.0
     for indices in batches:
         batch = {name: tensor.to(learner.device) for name, tensor in examples.batch(indices).items()}
-        loss = losses(learner.model, batch).sum()
+        loss = learner.task.losses(learner.model, batch).sum()
         (loss / units).backward()
         total += loss.item()
     return total

@@ -21,7 +21,6 @@ from federa.config import Config
 from federa.data import Examples
 from federa.methods import Learner
 from federa.models import backbone_of
-from federa.tasks import losses
 from federa_kernels import FeDeRALinear, Segments, lora_linear_clients
 
 if TYPE_CHECKING:
@@ -227,7 +226,7 @@ def _backward(
     indices = np.concatenate(micro)
     rows.set(counts, examples.lengths[indices])
     batch = {name: tensor.to(learner.device) for name, tensor in examples.batch(indices).items()}
-    each = losses(learner.model, batch)
+    each = learner.task.losses(learner.model, batch)
     shares = torch.tensor(np.repeat(1 / np.array(units), counts), dtype=each.dtype, device=each.device)
     (each * shares).sum().backward()
     return torch.stack([part.sum() for part in each.detach().split(counts)]).double()

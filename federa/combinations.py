@@ -21,6 +21,11 @@ def check_combinations(config: "Config") -> None:
 def _aggregation(config: "Config") -> str | None:
     method, server = config.method, config.server
     aggregation = server.aggregation
+    if method.name == "fedsvd" and server.optimizer != "fedavg":
+        return (
+            f"server.optimizer must be fedavg for method.name fedsvd, got {server.optimizer}: its "
+            "factors have another basis each round, so that steps by coordinate mean nothing"
+        )
     if aggregation not in PRODUCTS:
         return None
     if method.name not in BOTH_TRAIN:
@@ -34,11 +39,6 @@ def _aggregation(config: "Config") -> str | None:
     if aggregation == "fedex" and server.optimizer == "fedavg" and server.lr != 1.0:
         return (
             f"server.lr must be 1 for server.aggregation fedex, whose correction is that of the mean, got {server.lr}"
-        )
-    if aggregation != "fedex" and server.optimizer != "fedavg":
-        return (
-            f"server.optimizer must be fedavg for server.aggregation {aggregation}, got {server.optimizer}: its "
-            "factors have another basis each round, so that a step by coordinate means nothing"
         )
     return None
 

@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from federa import strict_yaml
-from federa.combinations import check_combinations
+from federa.combinations import PRODUCTS, check_combinations
 from federa.errors import InputError
 
 Text = Annotated[str, Field(min_length=1, pattern=r"^[^\x00]*$")]
@@ -42,14 +42,33 @@ class Section(BaseModel):
 
 
 class ModelConfig(Section):
-    """Any transformers sequence-classification model, by hub name or local folder."""
+    """Any transformers model that has the head of the task, by hub name or local folder."""
 
     name: Text = "sentence-transformers/all-MiniLM-L6-v2"
     revision: Text | None = None
     trust_remote_code: bool = False
     pooling: Literal["default", "mean"] = "default"  # default: transformers' own head; mean: masked mean + linear
     dropout: Fraction = 0.0  # of the backbone; principal components want none
+    precision: Literal["float32", "bfloat16"] = "float32"  # of activations; bfloat16 is autocast
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+
+
+class TaskConfig(Section):
+    """What the model learns to predict."""
+
+    name: Literal[
+        "classification",
+        "pair-classification",
+        "entity-classification",
+        "token-classification",
+        "question-answering",
+        "causal-lm",
+    ] = "classification"
+    stride: Count = 32  # question-answering: tokens that neighbouring windows of a context share
+    max_answer: Count = 30  # question-answering: tokens of the longest answer
+    unanswerable: bool = False  # question-answering: questions may have no answer
+    # question-answering: "no answer" wins where its score is higher than the best span's by more than this
+    null_threshold: Annotated[float, Field(allow_inf_nan=False)] = 0.0
 
 
 class DataConfig(Section):
@@ -62,6 +81,15 @@ class DataConfig(Section):
     test_split: Text = "test"
     text: Text = "text"  # column
     label: Text = "label"  # column: ids 0..L-1 or strings
+    pair: Text = "pair"  # column of the second text: pair-classification
+    tokens: Text = "tokens"  # column of lists of words: token-classification
+    tags: Text = "tags"  # column of lists of BIO tags or their ids: token-classification
+    question: Text = "question"  # columns of question-answering
+    context: Text = "context"
+    answers: Text = "answers"  # {text: [..], answer_start: [..]}
+    prompt: Text = "prompt"  # columns of causal-lm, unless messages names one of whole conversations
+    answer: Text = "answer"
+    messages: Text | None = None  # lists of {role, content}
     client: Text | None = None  # column that names the client, for partition.scheme natural
     max_length: Annotated[int, Field(ge=4, le=32768)] = 128  # tokens
     validation: Fraction = 0.1  # share of the training data held out for everything that is chosen
@@ -190,6 +218,7 @@ class Config(Section):
     """Everything a run depends on."""
 
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    task: TaskConfig = TaskConfig()
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
     partition: PartitionConfig = PartitionConfig()
@@ -221,7 +250,33 @@ class Config(Section):
         if self.partition.scheme == "natural" and self.data.client is None:
             raise ValueError("data.client must name the column of the client for partition.scheme natural, got null")
         check_combinations(self)
+        self._check_task()
         return self
+
+    def _check_task(self):
+        task, scheme = self.task.name, self.partition.scheme
+        one_label = task in ("classification", "pair-classification", "entity-classification")
+        if not one_label and scheme in ("dirichlet_label", "dirichlet_client", "fednlp", "pathological"):
+            raise ValueError(
+                f"partition.scheme must be iid, quantity, natural or kmeans for task.name {task}, whose examples have "
+                f"no one label each, got {scheme}"
+            )
+        if not one_label and self.model.pooling != "default":
+            raise ValueError(
+                f"model.pooling must be default for task.name {task}, which predicts more than one label of a whole "
+                f"text, got {self.model.pooling}"
+            )
+        if task == "causal-lm" and self.method.name == "head-only":
+            raise ValueError(
+                "method.name must train more than a head for task.name causal-lm, whose head is pretrained and stays "
+                "frozen, got head-only"
+            )
+        room = self.data.max_length // 2 - 4
+        if task == "question-answering" and self.task.stride >= room:
+            raise ValueError(
+                f"task.stride must be below data.max_length / 2 - 4 = {room}, so that windows beside the question move "
+                f"on, got {self.task.stride}"
+            )
 
 
 def load_config(source: str | Path | Mapping[str, Any] | Config, overrides: Sequence[str] = ()) -> Config:
@@ -249,6 +304,12 @@ def changed(config: Config, **sections: Mapping[str, Any]) -> Config:
     for section, changes in sections.items():
         values[section] |= changes
     return load_config(values)
+
+
+def head_only(config: Config) -> Config:
+    """The same run with a frozen backbone, and what only adapters allow set back."""
+    aggregation = "fedavg" if config.server.aggregation in PRODUCTS else config.server.aggregation
+    return changed(config, method={"name": "head-only", "client_ranks": None}, server={"aggregation": aggregation})
 
 
 def anchored(config: Config) -> Config:

@@ -2,20 +2,21 @@
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
-from federa.config import Config, changed, config_digest
-from federa.data import Corpus, Examples, Texts, tokenise, validation_split
+from federa.config import Config, changed, config_digest, head_only
+from federa.data import Corpus, Examples, Texts, validation_split
 from federa.errors import InputError
 from federa.methods import Broadcast, Learner, make_trainable
-from federa.models import ModelSource, backbone_of, load_classifier, load_tokenizer, pick_device, resolve_model
+from federa.models import ModelSource, backbone_of, load_model, load_tokenizer, pick_device, resolve_model
 from federa.partition import Partition, label_counts, make_partition, partition_like
 from federa.randomness import Purpose, generator
 from federa.sources import load_corpus
-from federa.tasks import mean_features, predict
+from federa.tasks import Task, make_task
+from federa.tasks.task import text_features
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,7 @@ class Experiment:
     """Data, partition and model of a run.
 
     clients: per client the indices of its examples in `train`; test_clients: the same for `test`, shared out as the
-    training data are (None unless evaluation.per_client).
+    training data are (None unless evaluation.per_client), by the rows of the source that predictions are of.
     """
 
     config: Config
@@ -35,6 +36,10 @@ class Experiment:
     test: Examples
     partition: Partition
     test_clients: list[np.ndarray] | None
+
+    @property
+    def task(self) -> Task:
+        return self.learner.task
 
     @property
     def clients(self) -> list[np.ndarray]:
@@ -54,37 +59,47 @@ class Experiment:
         """SHA-256 of all tokens, labels and who holds them: tells a resumed run that its data are still the same."""
         digest = hashlib.sha256()
         for part in (self.train, self.validation, self.test):
-            for array in (part.input_ids, part.offsets, part.labels):
+            for array in part.arrays.values():
                 digest.update(array.tobytes())
+            if part.truth is not None:
+                digest.update(json.dumps(part.truth).encode())
         for indices in (*self.clients, *(self.test_clients or ())):
             digest.update(f"{len(indices)}\n".encode() + indices.tobytes())
         return digest.hexdigest()
 
 
-def build(config: Config, broadcast: Broadcast | None = None, device: str | None = None) -> Experiment:
+def build(
+    config: Config, broadcast: Broadcast | None = None, device: str | None = None, at_site: bool = False
+) -> Experiment:
     """Loads data and model, tokenises, partitions and attaches adapters. Raises InputError for anything unusable.
 
     With a `broadcast` (a resumed run, a remote site) its factors are attached and checked instead of computed;
-    `device` (of a resumed run) takes the place of model.device.
+    `device` (of a resumed run) takes the place of model.device. With partition.scheme sites all texts are for choosing,
+    except `at_site`, where all are for training.
     """
     if config.run.threads is not None:
         torch.set_num_threads(config.run.threads)
     device = pick_device(device or config.model.device)
-    corpus = load_corpus(config.data, config.seed)
+    task = make_task(config.task)
+    corpus = load_corpus(config.data, config.seed, task, at_site)
     source = resolve_model(config.model)
-    tokenizer = load_tokenizer(source)
-    examples = tokenise(corpus.train, tokenizer, config.data.max_length, config.data.cache)
-    test = tokenise(corpus.test, tokenizer, config.data.max_length, config.data.cache)
-    chosen, held_out = validation_split(len(examples), config.data.validation, examples.labels, config.seed)
-    if config.partition.scheme == "sites":  # the server's own texts are for choosing; training is the sites' matter
-        chosen, held_out = np.arange(0), np.arange(len(examples))
-    train = examples.take(chosen)
-    model = load_classifier(config.model, source, corpus.label_names, tokenizer.pad_token_id, config.seed)
+    tokenizer = task.prepare(load_tokenizer(source))
+    examples = task.examples(corpus.train, tokenizer, config.data)
+    test = task.examples(corpus.test, tokenizer, config.data)
+    labels = corpus.train.labels
+    chosen, held_out = validation_split(len(labels), config.data.validation, labels, config.seed)
+    if config.partition.scheme == "sites":
+        everything, nothing = np.arange(len(labels)), np.arange(0)
+        chosen, held_out = (everything, nothing) if at_site else (nothing, everything)
+    train = examples.take(examples.of_rows(chosen))
+    pad_id = tokenizer.pad_token_id
+    model = load_model(config.model, source, corpus.label_names, pad_id, config.seed, task.auto_class)
     for part in (examples, test):
-        _check_fit(model, part, source)
+        _check_fit(task, model, part, source)
 
     def embed() -> np.ndarray:
-        features = mean_features(model.to(device), train, config.evaluation.batch_size, device)
+        texts, batch_size = corpus.train.take(chosen), config.evaluation.batch_size
+        features = text_features(model.to(device), texts, tokenizer, config.data, batch_size, device)
         model.to("cpu")
         return features
 
@@ -92,13 +107,18 @@ def build(config: Config, broadcast: Broadcast | None = None, device: str | None
     test_clients = None
     if config.evaluation.per_client:
         rng = generator(config.seed, Purpose.EVALUATION)
-        test_clients = partition_like(partition.indices, train.labels, test.labels, rng)
-    learner = make_trainable(model, config.method, config.seed, device, broadcast)
+        test_clients = partition_like(partition.indices, labels[chosen], corpus.test.labels, rng)
+    if train.rows is not None:  # clients hold examples, of which a row may give several
+        partition = replace(partition, indices=[train.of_rows(chosen[own]) for own in partition.indices])
+    if config.model.precision == "bfloat16":
+        model.forward = torch.autocast(device.type, torch.bfloat16)(model.forward)
+    learner = replace(make_trainable(model, config.method, config.seed, device, broadcast), task=task)
     server, clients = config.server, len(partition.indices)
     for key, needed in (("clients_per_round", server.clients_per_round or 1), ("min_updates", server.min_updates)):
         if needed > clients:
             raise InputError(f"server.{key} must be at most the number of clients = {clients}, got {needed}")
-    return Experiment(config, corpus, source, learner, train, examples.take(held_out), test, partition, test_clients)
+    validation = examples.take(examples.of_rows(held_out))
+    return Experiment(config, corpus, source, learner, train, validation, test, partition, test_clients)
 
 
 def partition_of(config: Config) -> tuple[Corpus, Partition, np.ndarray]:
@@ -106,13 +126,19 @@ def partition_of(config: Config) -> tuple[Corpus, Partition, np.ndarray]:
     if config.partition.scheme == "sites":
         raise InputError("partition.scheme: sites has its data at real sites, and nothing of them is here to show")
     if config.partition.scheme == "kmeans":
-        experiment = build(changed(config, method={"name": "head-only"}))
+        experiment = build(_cheapest(config))
         corpus, partition, labels = experiment.corpus, experiment.partition, experiment.train.labels
     else:
-        corpus = load_corpus(config.data, config.seed)
+        corpus = load_corpus(config.data, config.seed, make_task(config.task))
         chosen, _ = validation_split(len(corpus.train.labels), config.data.validation, corpus.train.labels, config.seed)
         partition, labels = partition_texts(config, corpus.train, chosen), corpus.train.labels[chosen]
-    return corpus, partition, label_counts(partition.indices, labels, len(corpus.label_names))
+    return corpus, partition, label_counts(partition.indices, labels, len(corpus.strata))
+
+
+def _cheapest(config: Config) -> Config:
+    """`config` with the method that is built fastest, where the method does not matter."""
+    frozen = head_only(config)
+    return changed(frozen, method={"name": "full"}) if config.task.name == "causal-lm" else frozen
 
 
 def partition_texts(config: Config, texts: Texts, chosen: np.ndarray, embed=None) -> Partition:
@@ -121,13 +147,13 @@ def partition_texts(config: Config, texts: Texts, chosen: np.ndarray, embed=None
     return make_partition(config.partition, texts.labels[chosen], config.seed, names=names, embeddings=embed)
 
 
-def _check_fit(model, examples: Examples, source: ModelSource) -> None:
+def _check_fit(task: Task, model, examples: Examples, source: ModelSource) -> None:
     """Raises InputError for token ids that the model does not know and for a longest example that it cannot take."""
     if int(examples.input_ids.max()) >= backbone_of(model)[1].get_input_embeddings().num_embeddings:
         raise InputError(f"model.name: the tokenizer of {source.location} must fit its model, got ids outside it")
     longest = examples.take(examples.lengths.argmax(keepdims=True))
     try:
-        predict(model, longest, 1, torch.device("cpu"))
+        task.predict(model, longest, 1, torch.device("cpu"))
     except (IndexError, RuntimeError) as error:
         length = int(longest.lengths[0])
         raise InputError(f"data.max_length must suit the model, got an example of {length} tokens: {error}") from None

@@ -15,16 +15,16 @@ from federa.errors import InputError
 from federa.experiment import Experiment
 from federa.folder import free_folder, publish_folder
 from federa.methods import adapted_layers
-from federa.models import MeanPoolingClassifier, backbone_of, head_modules, is_head, load_tokenizer
+from federa.models import MeanPoolingClassifier, backbone_of, head_modules, is_head, key_mapping, load_tokenizer
 from federa_kernels import FeDeRALinear
 
 FORMATS = ("peft", "merged", "residual")
 
-_LOAD_CLASSIFIER = """\
+_LOAD = """\
 from peft import PeftModel
-from transformers import AutoModelForSequenceClassification
+from transformers import {auto}
 
-base = AutoModelForSequenceClassification.from_pretrained({base!r}, num_labels={labels}, pad_token_id={pad})
+base = {auto}.from_pretrained({base!r}{settings})
 model = PeftModel.from_pretrained(base, {adapter!r})
 """
 
@@ -154,7 +154,7 @@ def _save_adapter(
     first = layers[next(iter(factors))]
     settings = {
         "peft_type": "LORA",
-        "task_type": "FEATURE_EXTRACTION" if mean else "SEQ_CLS",
+        "task_type": "FEATURE_EXTRACTION" if mean else experiment.task.peft_type,
         "base_model_name_or_path": base,
         "inference_mode": True,
         "r": rank,
@@ -164,7 +164,7 @@ def _save_adapter(
         "init_lora_weights": True,
         "fan_in_fan_out": first.fan_in_fan_out,
         "target_modules": [name.removeprefix(prefix) for name in factors],
-        "modules_to_save": None if mean else head_modules(model),
+        "modules_to_save": None if mean else head_modules(model) or None,
     }
     tensors = {}
     for name, (lora_A, lora_B) in factors.items():
@@ -180,12 +180,19 @@ def _save_adapter(
     _save_tensors(tensors, path / "adapter_model.safetensors")
     (path / "adapter_config.json").write_text(json.dumps(settings, indent=2) + "\n")
     names = experiment.corpus.label_names
-    code = (_LOAD_MEAN if mean else _LOAD_CLASSIFIER).format(
-        base=base, labels=len(names), pad=model.config.pad_token_id, adapter=str(shown)
+    loading = f", num_labels={len(names)}, pad_token_id={model.config.pad_token_id}" if names else ""
+    if (renamed := key_mapping(model.config, experiment.task.auto_class)) is not None:
+        loading += f", key_mapping={renamed!r}"
+    code = (_LOAD_MEAN if mean else _LOAD).format(
+        auto=experiment.task.auto_class,
+        base=base,
+        settings=loading,
+        adapter=str(shown),
     )
     labels = "\n".join(f"{index}. {name}" for index, name in enumerate(names))
+    labels = f"\nLabels, by id:\n\n{labels}\n" if names else ""
     origin = f"The base is {experiment.config.model.name}; {experiment.source.origin}."
-    text = f"# A federa adapter\n\n{origin}\n\n```python\n{code}```\n\nLabels, by id:\n\n{labels}\n"
+    text = f"# A federa adapter\n\n{origin}\n\n```python\n{code}```\n{labels}"
     (path / "README.md").write_text(text, encoding="utf-8")
 
 
@@ -201,8 +208,10 @@ def _save_model(experiment: Experiment, plain: Mapping[str, nn.Module], path: Pa
         model.backbone.save_pretrained(path)
         _save_tensors(dict(model.classifier.named_parameters()), path / "head.safetensors")
     else:
-        model.save_pretrained(path)
-    load_tokenizer(experiment.source).save_pretrained(path)
+        # A renamed backbone is saved under the names of its own class, which then loads it without renaming.
+        renamed = key_mapping(model.config, experiment.task.auto_class) is not None
+        model.save_pretrained(path, save_original_format=not renamed)
+    experiment.task.prepare(load_tokenizer(experiment.source)).save_pretrained(path)
 
 
 def _write_bottlenecks(model: nn.Module, path: Path) -> None:

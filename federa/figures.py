@@ -77,10 +77,10 @@ def draw_accuracy(lines: Sequence[Line], xlabel: str, title: str, levels: Sequen
     return _draw_lines(lines, levels, (low, high), xlabel, title, "{:.1f}")
 
 
-def draw_loss(lines: Sequence[Line], xlabel: str, title: str) -> bytes:
-    """Losses as lines from 0; what is not finite leaves a gap."""
-    finite = [y for line in lines for y in line.y if math.isfinite(y)]
-    return _draw_lines(lines, [], (0, 1.08 * max(finite, default=1) or 1), xlabel, title, "{:.3f}")
+def draw_loss(lines: Sequence[Line], xlabel: str, title: str, levels: Sequence[Level] = ()) -> bytes:
+    """Losses as lines from 0, with `levels` as thin horizontal lines; what is not finite leaves a gap."""
+    finite = [y for line in lines for y in line.y if math.isfinite(y)] + [level.y for level in levels]
+    return _draw_lines(lines, levels, (0, 1.08 * max(finite, default=1) or 1), xlabel, title, "{:.3f}")
 
 
 def draw_partition(

@@ -19,6 +19,7 @@ from federa.errors import InputError
 from federa.folder import write_atomic
 from federa.models import backbone_of, is_head
 from federa.randomness import Purpose, torch_seed
+from federa.tasks import CLASSIFICATION, Task
 from federa_kernels import FeDeRALinear, factored_svd, fingerprint, pack_frozen, replace_linears, truncated_svd
 
 
@@ -90,6 +91,7 @@ class Learner:
     device: torch.device
     config: MethodConfig
     seed: int
+    task: Task = CLASSIFICATION
 
     @property
     def method(self) -> Method:

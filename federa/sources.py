@@ -1,66 +1,53 @@
-"""Reads labelled texts: the embedded `stdlib-docs`, local files (jsonl, json, csv, tsv or parquet, gzipped or not) or
-a dataset of the Hugging Face hub.
+"""Reads the rows of a task: the embedded `stdlib-docs`, local files (jsonl, json, csv, tsv or parquet, gzipped or not)
+or a dataset of the Hugging Face hub.
 
 Whatever is wrong with it raises `InputError`: one line that names the key and the row, counted from 1.
 """
 
 import contextlib
-import difflib
 import glob
 import json
 import platform
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from federa.columns import Rows, Table
 from federa.config import DataConfig
 from federa.data import Corpus, Texts, is_test, text_key
 from federa.errors import InputError
 from federa.hub import ask_hub
 from federa.randomness import Purpose, generator
-
-if TYPE_CHECKING:
-    from datasets import Dataset
+from federa.tasks import CLASSIFICATION, Task
 
 STDLIB_DOCS = "stdlib-docs"
 _READERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
 
 
-@dataclass(frozen=True)
-class _Rows:
-    """A split as it was read: labels are ids or strings, `names` is what the file itself says the ids mean."""
+def load_corpus(config: DataConfig, seed: int, task: Task = CLASSIFICATION, at_site: bool = False) -> Corpus:
+    """The train and test rows of a source. A single file is split by a hash of the text, a fifth for test.
 
-    where: str
-    texts: list[str]
-    labels: list[int] | list[str]
-    clients: list[str] | None
-    names: list[str] | None
-
-    def take(self, indices: Sequence[int]) -> "_Rows":
-        clients = None if self.clients is None else [self.clients[i] for i in indices]
-        return replace(
-            self, texts=[self.texts[i] for i in indices], labels=[self.labels[i] for i in indices], clients=clients
-        )
-
-
-def load_corpus(config: DataConfig, seed: int) -> Corpus:
-    """The train and test texts of a source. A single file is split by a hash of the text, a fifth for test."""
+    A real site may hold one label only.
+    """
     if config.path is not None:
-        source, train, test, names = _read_path(config)
+        source, train, test, names = _read_path(config, task)
     elif config.name == STDLIB_DOCS:
+        if task.name != CLASSIFICATION.name:
+            raise InputError(
+                f"data.name: {STDLIB_DOCS} holds texts and labels only and cannot serve task.name {task.name}; "
+                "give data.path or a dataset of the hub"
+            )
         source, train, test, names = _read_stdlib_docs()
     else:
-        source, train, test, names = _read_hub(config)
+        source, train, test, names = _read_hub(config, task)
     train = _first_of_shuffle(train, config.max_train, seed, step=1)
     test = _first_of_shuffle(test, config.max_test, seed, step=2)
-    if len(np.unique(train.labels)) < 2:
+    if not at_site and task.unlabelled is None and len(np.unique(train.labels)) < 2:
         raise InputError(f"data.label must hold at least 2 distinct labels, got 1 in {len(train)} training examples")
-    return Corpus(source, train, test, names)
+    return Corpus(source, train, test, names, task.unlabelled)
 
 
 def _first_of_shuffle(texts: Texts, count: int | None, seed: int, step: int) -> Texts:
@@ -78,7 +65,7 @@ def _read_stdlib_docs() -> tuple[str, Texts, Texts, list[str]]:
     return f"{STDLIB_DOCS} ({platform.python_implementation()} {platform.python_version()})", *stdlib_docs()
 
 
-def _read_path(config: DataConfig) -> tuple[str, Texts, Texts, list[str]]:
+def _read_path(config: DataConfig, task: Task) -> tuple[str, Texts, Texts, list[str]]:
     path = Path(config.path).expanduser()
     if path.is_dir():
         train_file = _split_file(path, "train")
@@ -89,11 +76,11 @@ def _read_path(config: DataConfig) -> tuple[str, Texts, Texts, list[str]]:
             raise InputError(f"data.path must hold {missing}.* ({_extensions()}), got {held} in {path}")
         source = f"{path} ({train_file.name}, {test_file.name})"
         names = _read_label_names(path / "labels.json")
-        return source, *_encode(_read_file(train_file, config), _read_file(test_file, config), names)
+        return source, *task.encode(_read_file(train_file, config, task), _read_file(test_file, config, task), names)
     if not path.exists():
         raise InputError(f"data.path must be a file or a folder, got {path}, which does not exist")
-    rows = _read_file(path, config)
-    test = [is_test(text_key(text)) for text in rows.texts]
+    rows = _read_file(path, config, task)
+    test = [is_test(text_key(text)) for text in rows.split_by or rows.texts]
     if all(test) or not any(test):
         raise InputError(
             f"data.path: {path} is too small to split into train and test ({len(test)} examples); "
@@ -101,10 +88,10 @@ def _read_path(config: DataConfig) -> tuple[str, Texts, Texts, list[str]]:
         )
     train_rows = rows.take([i for i, held_out in enumerate(test) if not held_out])
     test_rows = rows.take([i for i, held_out in enumerate(test) if held_out])
-    return f"{path} (split by text)", *_encode(train_rows, test_rows, None)
+    return f"{path} (split by text)", *task.encode(train_rows, test_rows, None)
 
 
-def _read_hub(config: DataConfig) -> tuple[str, Texts, Texts, list[str]]:
+def _read_hub(config: DataConfig, task: Task) -> tuple[str, Texts, Texts, list[str]]:
     import datasets
 
     splits = [config.train_split, config.test_split]
@@ -117,7 +104,9 @@ def _read_hub(config: DataConfig) -> tuple[str, Texts, Texts, list[str]]:
             f"data.name: cannot load {config.name!r}: {problem or _reason(error)}; data.path reads local files instead"
         ) from error
     name = config.name if config.subset is None else f"{config.name} ({config.subset})"
-    return f"hub dataset {name}", *_encode(_rows(train, splits[0], config), _rows(test, splits[1], config), None)
+    return f"hub dataset {name}", *task.encode(
+        task.read(Table(train, splits[0]), config), task.read(Table(test, splits[1]), config), None
+    )
 
 
 def _split_file(folder: Path, split: str) -> Path | None:
@@ -139,7 +128,7 @@ def _read_label_names(file: Path) -> list[str] | None:
     return names
 
 
-def _read_file(file: Path, config: DataConfig) -> _Rows:
+def _read_file(file: Path, config: DataConfig, task: Task) -> Rows:
     import datasets
 
     reader = _reader(file)
@@ -154,7 +143,7 @@ def _read_file(file: Path, config: DataConfig) -> _Rows:
             )
         except Exception as error:  # gzip, json, pandas, pyarrow and datasets have no common error
             raise InputError(f"data.path: cannot read {file}: {_reason(error)}") from error
-        return _rows(data, file.name, config)
+        return task.read(Table(data, file.name), config)
 
 
 def _reader(file: Path) -> str | None:
@@ -205,74 +194,3 @@ def _reason(error: BaseException) -> str:
     if type(error).__name__ == "DatasetGenerationError" and error.__cause__ is not None:
         error = error.__cause__
     return " ".join(str(error).split()) or type(error).__name__
-
-
-# Columns
-
-
-def _rows(data: "Dataset", where: str, config: DataConfig) -> _Rows:
-    texts = _column(data, where, "data.text", config.text)
-    labels = _column(data, where, "data.label", config.label)
-    clients = None if config.client is None else _column(data, where, "data.client", config.client)
-    if not texts:
-        raise InputError(f"data: {where} holds no examples")
-    for row, text in enumerate(texts, 1):
-        if not isinstance(text, str):
-            raise InputError(f"data.text must hold strings, got {_shown(text)} in row {row} of {where}")
-    kind = type(labels[0])
-    for row, label in enumerate(labels, 1):
-        if label == "" or type(label) is not kind or kind not in (int, bool, str):
-            raise InputError(f"data.label must hold ids or strings, got {_shown(label)} in row {row} of {where}")
-    if clients is not None:
-        for row, client in enumerate(clients, 1):
-            if client is None or client == "":
-                raise InputError(f"data.client must name a client, got {_shown(client)} in row {row} of {where}")
-        clients = [str(client) for client in clients]
-    return _Rows(where, texts, labels, clients, getattr(data.features[config.label], "names", None))
-
-
-def _column(data: "Dataset", where: str, key: str, name: str) -> list[Any]:
-    if name not in data.column_names:
-        near = difflib.get_close_matches(name, data.column_names, n=1)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        raise InputError(f"{key} must be a column of {where} ({', '.join(data.column_names)}), got {name!r}{hint}")
-    try:
-        return data[name][:]
-    except UnicodeDecodeError as error:
-        raise InputError(f"{key}: {where} is not UTF-8: {_reason(error)}") from error
-
-
-def _encode(train: _Rows, test: _Rows, names: list[str] | None) -> tuple[Texts, Texts, list[str]]:
-    names = names or train.names or _label_names(train)
-    train_texts, test_texts = _with_ids(train, names), _with_ids(test, names)
-    unseen = np.setdiff1d(test_texts.labels, train_texts.labels)
-    if len(unseen):
-        shown = ", ".join(names[label] for label in unseen[:5])
-        raise InputError(f"data.label must occur in {train.where} for every label of {test.where}, got none of {shown}")
-    return train_texts, test_texts, names
-
-
-def _label_names(train: _Rows) -> list[str]:
-    distinct = sorted(set(train.labels))
-    if isinstance(distinct[0], str):
-        return distinct
-    if distinct != list(range(len(distinct))):
-        raise InputError(f"data.label must hold every id from 0 to L-1, got {_shown(distinct)} in {train.where}")
-    return [str(int(label)) for label in distinct]
-
-
-def _with_ids(rows: _Rows, names: list[str]) -> Texts:
-    ids = {name: label for label, name in enumerate(names)}
-    labels = [ids.get(label, -1) if isinstance(label, str) else int(label) for label in rows.labels]
-    for row, label in enumerate(labels, 1):
-        if not 0 <= label < len(names):
-            raise InputError(
-                f"data.label must be one of {len(names)} labels ({_shown(names)}), "
-                f"got {_shown(rows.labels[row - 1])} in row {row} of {rows.where}"
-            )
-    return Texts(rows.texts, np.array(labels, dtype=np.int64), rows.clients)
-
-
-def _shown(value: Any) -> str:
-    text = "null" if value is None else repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."

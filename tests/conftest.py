@@ -91,6 +91,8 @@ def tiny_models(tmp_path_factory, tiny_data):
         "gpt2": hf.GPT2Config(
             **size | {"pad_token_id": None}, n_embd=32, n_layer=2, n_head=2, bos_token_id=1, eos_token_id=1
         ),
+        "llama": hf.LlamaConfig(**size, **usual),
+        "qwen3": hf.Qwen3Config(**size, **usual, num_key_value_heads=1, head_dim=16),
     }
 
     @cache
@@ -98,13 +100,55 @@ def tiny_models(tmp_path_factory, tiny_data):
         path = tmp_path_factory.mktemp(family)
         with torch.random.fork_rng():
             torch.manual_seed(0)
-            model = hf.AutoModel.from_config(configs[family])
+            # A language model has its output embeddings, which encoders' checkpoints need not have.
+            auto = hf.AutoModelForCausalLM if family in ("llama", "qwen3") else hf.AutoModel
+            model = auto.from_config(configs[family])
         with torch.no_grad():
             for parameter in model.parameters():  # a width of 32 wants larger weights than 0.02 to say anything
                 if parameter.dim() == 2:
                     parameter.mul_(5.0)
         model.save_pretrained(path)
         tokenizer.save_pretrained(path)
+        return path
+
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_rows(tmp_path_factory, tiny_data):
+    """tiny_rows(task) -> a folder of the texts of `tiny_data` with the columns of that task, cut to 12 words: tags of
+    words with a dot or an underscore, questions for one of the words, and conversations that end in the last three."""
+    makers = {
+        "pair-classification": lambda words, row: {"text": " ".join(words[:6]), "pair": " ".join(words[6:])},
+        "entity-classification": lambda words, row: {
+            "text": " ".join([*words[:1], f"<e1>{words[1]}</e1>", *words[2:4], f"<e2>{words[4]}</e2>", *words[5:]])
+        },
+        "token-classification": lambda words, row: {
+            "tokens": words,
+            "tags": ["B-code" if set(word) & {"_", "."} else "O" for word in words],
+        },
+        "question-answering": lambda words, row: {
+            "question": f"What comes after {words[row % 4]}?",
+            "context": " ".join(words),
+            "answers": {
+                "text": [words[row % 4 + 1]],
+                "answer_start": [len(" ".join(words[: row % 4 + 1])) + 1],
+            },
+        },
+        "causal-lm": lambda words, row: {"prompt": " ".join(words[:-3]), "answer": " ".join(words[-3:])},
+    }
+
+    @cache
+    def folder(task: str) -> Path:
+        path = tmp_path_factory.mktemp(task)
+        for split in ("train", "test"):
+            rows = [json.loads(line) for line in (tiny_data / f"{split}.jsonl").open()]
+            lines = []
+            for number, row in enumerate(rows):
+                words = row.pop("text").split()[:12]
+                if len(words) >= 8:
+                    lines.append(json.dumps(row | makers[task](words, number)) + "\n")
+            (path / f"{split}.jsonl").write_text("".join(lines))
         return path
 
     return folder

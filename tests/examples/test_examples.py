@@ -18,3 +18,11 @@ def test_configurations_load(file):
 def test_the_main_job_in_python_is_the_one_of_make_run():
     config = runpy.run_path(str(EXAMPLES / "federated_finetune.py"))["config"]
     assert config_digest(load_config(config)) == config_digest(load_config(EXAMPLES / "stdlib_docs.yaml"))
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_instruction_tuning_answers_questions_it_was_never_asked(family, tmp_path):
+    """Trained, exported, loaded by transformers and generating: one answer in ten would be right by chance."""
+    example = runpy.run_path(str(EXAMPLES / "instruction_tuning.py"))
+    assert example["main"](family, str(tmp_path)) >= 0.5

@@ -113,6 +113,26 @@ def test_local_trains_every_client_alone(tiny_config, tmp_path):
     assert row["note"] == f"mean of 5 clients on their own test data; worst {min(accuracies):.3f}"
 
 
+@pytest.mark.parametrize(
+    "sections",
+    [
+        {"method": {"name": "rolora"}},
+        {"method": {"name": "ffa-lora"}, "privacy": {"clip": 1.0}},
+        {"method": {"name": "lora", "client_ranks": [2, 4]}, "server": {"aggregation": "flora"}},
+        {"client": {"optimizer": "sgd", "control_variates": True}, "server": {"clip_update": 0.1}},
+    ],
+    ids=str,
+)
+def test_baselines_leave_out_what_needs_rounds_of_many(tiny_config, tmp_path, sections):
+    config = changed(tiny_config, **sections)
+    for name in ("pooled", "local", "head-only"):
+        if name != "head-only" or "privacy" not in sections:
+            assert run_baseline(name, config, tmp_path / name, silent)["accuracy"] > 0
+    used, _ = config_and_metrics(tmp_path / "pooled")
+    assert used.method.name == (config.method.name if config.method.name != "rolora" else "lora")
+    assert (used.privacy.clip, used.server.aggregation, used.method.client_ranks) == (None, "fedavg", None)
+
+
 def test_finished_baselines_are_read(tiny_config, tmp_path):
     told = []
     first = run_baseline("local", tiny_config, tmp_path, silent)

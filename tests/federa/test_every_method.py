@@ -1,4 +1,4 @@
-"""Every method on the real MiniLM: two rounds of training, bytes as docs/methods.md has them, and what it saves."""
+"""Every method: two rounds on the real MiniLM, bytes as docs/methods.md has them, and what it saves."""
 
 import re
 from pathlib import Path
@@ -6,19 +6,20 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel
-from transformers import AutoModelForSequenceClassification
+from safetensors.torch import load_file
+from transformers import AutoModel, AutoModelForSequenceClassification
 
 from federa.adapters import Bottleneck
 from federa.catalogue import METHODS, methods_page
 from federa.checkpoint import State, load_checkpoint
 from federa.combinations import MOVES
-from federa.config import MethodConfig, changed
+from federa.config import MethodConfig, ModelConfig, changed
 from federa.errors import InputError
 from federa.experiment import build
 from federa.export import adapter_problem, export
 from federa.folder import RunFolder
-from federa.methods import adapted_layers
-from federa.models import is_head
+from federa.methods import adapted_layers, make_trainable
+from federa.models import is_head, load_classifier, resolve_model
 from federa.rounds import run_rounds
 
 PAGE = Path(__file__).parents[2] / "docs" / "methods.md"
@@ -30,21 +31,21 @@ RUNS = {
     "federa-fedex": {"method": {"name": "federa"}, "server": {"aggregation": "fedex"}},
     "federa-refactor": {"method": {"name": "federa"}, "server": {"aggregation": "refactor-exact"}},
 }
+DEFAULT = (*METHODS, "federa-fedex")  # on MiniLM; exports of all of them are tested on small models
 
 
 @pytest.fixture(scope="module")
 def go(tiny_config, minilm_path, tmp_path_factory):
-    """go(name) -> (experiment, state, records) of two rounds of two clients, a step each, s = 2."""
+    """go(name) -> (experiment, state, records, start, folder) of two rounds of two clients, a step each, s = 2."""
 
-    def go(name):
+    def go(name, model=minilm_path):
         sections = RUNS[name]
         sections = {
-            "model": {"name": str(minilm_path)},
+            "model": {"name": str(model)},
             "data": {"max_length": 12, "max_train": 24, "max_test": 6},
             "partition": {"scheme": "iid", "clients": 2},
             "client": {"steps": 1, "batch_size": 4, "lr": 0.01},
-            "evaluation": {"every": 2},
-            "run": {"checkpoint_every": 9},
+            "evaluation": {"every": 9},
             "method": {"rank": 4, "alpha": 8.0, "sparse_rounds": 1} | sections["method"],
             "server": {"rounds": 2, "clients_per_round": None} | sections.get("server", {}),
         }
@@ -101,10 +102,11 @@ def logits(model, batch) -> torch.Tensor:
         return model.eval()(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
 
 
-@pytest.mark.parametrize("name", RUNS)
-def test_trains_counts_and_exports(go, name, tmp_path):
-    """Two rounds change every tensor that trains and no other; bytes are the table's; PEFT and transformers load what is
-    saved and give the evaluated logits."""
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in DEFAULT else pytest.mark.exhaustive) for name in RUNS]
+)
+def test_trains_and_counts(go, name):
+    """Two rounds change every tensor that trains and no other; bytes are the table's; the state is saved whole."""
     experiment, state, records, start, folder = go(name)
     learner, config = experiment.learner, experiment.config
     trained = {n for round in (1, 2) for n in learner.names_in(round)}
@@ -138,13 +140,21 @@ def test_trains_counts_and_exports(go, name, tmp_path):
         assert getattr(again, group).keys() == getattr(state, group).keys()
         assert all(torch.equal(t, getattr(state, group)[n]) for n, t in getattr(again, group).items())
 
+
+@pytest.mark.parametrize("family", ["bert", "gpt2"])
+@pytest.mark.parametrize("name", RUNS)
+def test_exports_are_the_evaluated_model(go, name, family, tiny_models, tmp_path):
+    """PEFT and transformers load what is saved and give the evaluated logits; what PEFT cannot hold is refused."""
+    experiment, state, *_ = go(name, tiny_models(family))
+    learner, config = experiment.learner, experiment.config
     learner.load(state.tensors, state.base)
     batch = experiment.test.batch(torch.arange(6).numpy())
     ours = logits(learner.model, batch)
     loaded = []
     if adapter_problem(experiment) is None:
         export(experiment, "peft", tmp_path / "peft")
-        base = AutoModelForSequenceClassification.from_pretrained(config.model.name, num_labels=4)
+        settings = {"num_labels": 4, "pad_token_id": learner.model.config.pad_token_id}
+        base = AutoModelForSequenceClassification.from_pretrained(config.model.name, **settings)
         loaded.append(PeftModel.from_pretrained(base, tmp_path / "peft"))
     else:
         with pytest.raises(InputError, match=r"--format: peft must have (adapters|a base)"):
@@ -155,6 +165,45 @@ def test_trains_counts_and_exports(go, name, tmp_path):
     for model in loaded:
         theirs = logits(model, batch)
         assert (theirs - ours).norm() <= 1e-5 * ours.norm() and ours.std() > 0.01
+
+
+@pytest.mark.parametrize("family", ["bert", "roberta", "distilbert", "deberta-v2", "gpt2"])
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_starts_as_the_pretrained_model(name, family, tiny_models):
+    """In eval and train mode; what trains in a round gets a gradient, and nothing else does."""
+    config = ModelConfig(name=str(tiny_models(family)))
+    batch = {"input_ids": torch.tensor([[7, 80, 300, 41], [9, 10, 0, 0]])}
+    batch["attention_mask"] = (batch["input_ids"] > 0).long()
+    model = load_classifier(config, resolve_model(config), ["a", "b"], 0, 0)
+    before = logits(model, batch)
+    learner = make_trainable(model, MethodConfig(name=name, rank=4, alpha=8.0), 0, torch.device("cpu"))
+    assert (logits(learner.model, batch) - before).norm() <= 1e-5 * before.norm()
+    for round in (1, 2):
+        opened = learner.open(round)
+        assert (
+            set(opened) == set(learner.names_in(round)) == {n for n, p in model.named_parameters() if p.requires_grad}
+        )
+        learner.model.train()(**batch).logits.square().sum().backward()
+        assert {n for n, p in model.named_parameters() if p.grad is not None} == set(opened)
+        model.zero_grad(set_to_none=True)
+
+
+def test_mean_pooled_backbones_with_bottlenecks_load(tiny_config, tiny_models, tmp_path):
+    """AutoModel with the code beside it, and the head as a file."""
+    model = {"name": str(tiny_models("bert")), "pooling": "mean"}
+    experiment = build(changed(tiny_config, model=model, method={"name": "adapter"}))
+    learner, rng = experiment.learner, torch.Generator().manual_seed(0)
+    learner.load({n: t + 0.1 * torch.randn(t.shape, generator=rng) for n, t in learner.state().items()})
+    batch = experiment.test.batch(torch.arange(6).numpy())
+    ours = logits(learner.model, batch)
+    export(experiment, "merged", tmp_path / "merged")
+    backbone = AutoModel.from_pretrained(tmp_path / "merged", trust_remote_code=True).eval()
+    head = load_file(tmp_path / "merged" / "head.safetensors")
+    with torch.no_grad():
+        hidden = backbone(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).last_hidden_state
+    mask = batch["attention_mask"].unsqueeze(-1)
+    theirs = (hidden * mask).sum(1) / mask.sum(1) @ head["weight"].T + head["bias"]
+    assert (theirs - ours).norm() <= 1e-5 * ours.norm()
 
 
 def test_the_page_is_current():

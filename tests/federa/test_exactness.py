@@ -1,13 +1,14 @@
-"""What a round's aggregate makes of the model, against the mean of the clients' weights in float64; the faults of public
-code, each by its formula."""
+"""What a round makes of the model, against the mean of the clients' weights in float64; the faults of public code."""
 
 from collections.abc import Mapping
 from dataclasses import replace
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from federa.aggregate import Stacked, Terms, server_step
+from federa.aggregate import AGGREGATORS, Mean, Stacked, Terms, moved, server_step
 from federa.checkpoint import State
 from federa.client import ClientUpdate
 from federa.config import ServerConfig, changed
@@ -143,10 +144,44 @@ def test_others_record_how_far_they_are_off(walk, family, sections):
     assert off / change > 0.01
 
 
+@settings(derandomize=True, deadline=None, max_examples=60)
+@given(
+    shape=st.tuples(st.integers(1, 9), st.integers(1, 9)),
+    rank=st.integers(1, 6),
+    weights=st.lists(st.integers(1, 1000), min_size=1, max_size=6),
+    scaling=st.floats(0.1, 16),
+    lr=st.sampled_from([1.0, 0.3]),
+    seed=st.integers(0, 2**31),
+)
+@pytest.mark.parametrize("aggregation", ["fedex", "flora", "refactor-exact"])
+def test_moves_and_factors_add_up_whatever_the_shapes(aggregation, shape, rank, weights, scaling, lr, seed):
+    """W + s B A of the next round is W + s ((1 - lr) X + lr sum_c p_c B_c A_c), to 1e-12 in float64."""
+    (N, K), rank = shape, min(rank, *shape)
+    lr = 1.0 if aggregation == "fedex" else lr
+    rng = torch.Generator().manual_seed(seed)
+
+    def draw() -> dict[str, torch.Tensor]:
+        return {"A": torch.randn(rank, K, generator=rng).double(), "B": torch.randn(N, rank, generator=rng).double()}
+
+    current, restart, base = draw(), draw(), {"W": torch.randn(N, K, generator=rng).double()}
+    config = ServerConfig(aggregation=aggregation, lr=lr)
+    gathered = AGGREGATORS[aggregation](
+        Terms(config, current, [Pair("A", "B", "W", scaling, (N, K))], restart=lambda: restart)
+    )
+    sent = [draw() for _ in weights]
+    for client, (tensors, examples) in enumerate(zip(sent, weights, strict=True)):
+        gathered.add(ClientUpdate(client, examples, 1, tensors, {"loss": 1.0}))
+    result = gathered.result()
+    after = result.mean | result.factors
+    mean = sum(n * t["B"] @ t["A"] for n, t in zip(weights, sent, strict=True)) / sum(weights)
+    expected = base["W"] + scaling * ((1 - lr) * current["B"] @ current["A"] + lr * mean)
+    found = moved(base, result.moves)["W"] + scaling * after["B"] @ after["A"]
+    assert (found - expected).norm() <= 1e-12 * (expected.norm() + scaling * mean.norm() + 1)
+    assert result.ranks["W"] <= len(weights) * rank
+
+
 def test_drift_is_seen_where_products_nearly_cancel():
     """A change of 1e-4 of factors of norm 1, a gap of 1e-8: what squares in float64 would lose."""
-    from federa.aggregate import Mean
-
     rng = torch.Generator().manual_seed(0)
     pair = Pair("A", "B", "residual", 0.5, (30, 20))
     current = {"A": torch.randn(4, 20, generator=rng).double(), "B": torch.randn(30, 4, generator=rng).double()}
@@ -204,7 +239,7 @@ WIDE = "bert.encoder.layer.0.output.dense"
 
 
 def test_fault_1_residuals_added_transposed_or_unweighted(walk):
-    """CERT-Lab/fedex-lora transposes for Conv1D on nn.Linear too (no shape error at 32 x 32) and weighs clients alike."""
+    """CERT-Lab/fedex-lora transposes for nn.Linear as for Conv1D (32 x 32: no shape error) and weighs clients alike."""
     run = walk("bert", rounds=1, method={"name": "federa"}, server={"aggregation": "fedex"})
     s, factors = stacked_sums(run, SQUARE)
     B, A = (sum(p * f[i] for p, *f in factors) for i in (0, 1))
@@ -231,7 +266,7 @@ def test_fault_2a_scaling_left_out(walk, aggregation):
 
 @pytest.mark.parametrize("aggregation", ["flexlora", "refactor-exact"])
 def test_fault_2b_half_a_square_root_lost(walk, aggregation):
-    """boyi-liu/FedLLM-Factory returns B = U sqrt(S) / s and A = V^T: here B A is the best rank 4 of the mean product."""
+    """boyi-liu/FedLLM-Factory returns B = U sqrt(S) / s, A = V^T: here B A is the best rank 4 of the mean product."""
     run = walk("bert", rounds=1, method={"name": "lora"}, server={"aggregation": aggregation})
     s, factors = stacked_sums(run, WIDE)
     U, S, Vh = torch.linalg.svd(sum(p * b @ a for p, b, a in factors), full_matrices=False)
@@ -363,6 +398,32 @@ def test_momentum_steps_from_fedexs_mean(walk):
     config = ServerConfig(optimizer="fedavgm", momentum=0.5)
     expected, _ = server_step(config, run.states[0].tensors, plain.state.tensors, {})
     assert all(torch.equal(run.state.tensors[name], tensor) for name, tensor in expected.items())
+
+
+@pytest.mark.parametrize("optimizer", ["fedavgm", "fedadam"])
+@pytest.mark.parametrize("aggregation", ["flora", "flexlora", "refactor-exact"])
+def test_optimisers_step_along_the_change_of_products(walk, aggregation, optimizer):
+    """Two rounds against the optimiser on dense weights: W <- W + step(the clients' mean - W); flexlora loses what
+    rank 4 cannot hold, which the next round starts from."""
+    server = {"aggregation": aggregation, "optimizer": optimizer, "lr": 0.5, "momentum": 0.5}
+    run = walk("bert", rounds=2, method={"name": "lora"}, server=server)
+    config, memory = ServerConfig(**server), {}
+    begun = effective(run.experiment, run.states[0].tensors, run.states[0].base)
+    pretrained = begun
+    for round in (0, 1):
+        mean = {n: run.expected[round][n] - (run.expected[round - 1] if round else pretrained)[n] for n in begun}
+        zero = {n: torch.zeros_like(change) for n, change in mean.items()}
+        step, memory = server_step(config, zero, mean, memory)
+        for name, before in begun.items():
+            full = before + step[name]
+            if aggregation == "flexlora":
+                missed = torch.linalg.svdvals(full - pretrained[name])[4:].norm()
+                assert (run.found[round][name] - full).norm() == pytest.approx(float(missed), rel=1e-3)
+            else:
+                assert gap(run.found[round][name], full) < 1e-6
+        begun = run.found[round]
+    if aggregation != "flexlora":
+        assert all(sum(move.values()) == 12 * 32 for move in run.state.moves)
 
 
 def test_sparse_entries_are_the_seeds(tiny_config):

