@@ -33,6 +33,7 @@ bench: $(VENV)/.test
 record: $(VENV)/.test
 	for threads in 1 $(shell nproc); do $(BIN)/python -m benchmarks lora_linear --record --threads $$threads; done
 	$(BIN)/python -m benchmarks lora_linear_clients --record
+	$(BIN)/python -m benchmarks truncated_svd --record --threads 1 --large
 	$(BIN)/python -m benchmarks plot
 	$(BIN)/python -m benchmarks targets
 

@@ -130,7 +130,7 @@ class Compiled:
 
 def launches(case: Case, arch: int, tiles: Tiles | None = None) -> list[Launch]:
     """What the launchers of this form would launch in a training step, on tensors without memory."""
-    from federa_kernels.lora_linear import triton_kernels
+    from federa_kernels.lora_linear import launch
 
     def empty(*shape: int, dtype: torch.dtype = case.dtype) -> Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
@@ -144,21 +144,21 @@ def launches(case: Case, arch: int, tiles: Tiles | None = None) -> list[Launch]:
     def record(kernel: Any, grid: tuple, tile: Tile, *arguments: Any, **constants: Any) -> None:
         found.append(Launch(kernel, tile, arguments, constants))
 
-    with mock.patch.multiple(triton_kernels, _launch=record, _arch=lambda device: arch):
+    with mock.patch.multiple(launch, _launch=record, _arch=lambda device: arch):
         if case.form == "lora_linear":
-            triton_kernels.launch_lora_linear_fwd(x, weight, A, B, bias, 0.5, tiles=tiles)
+            launch.launch_lora_linear_fwd(x, weight, A, B, bias, 0.5, tiles=tiles)
             needs = [True, False, True, True, False]
-            triton_kernels.launch_lora_linear_bwd(dy, x, empty(M, R), weight, A, B, 0.5, needs, tiles=tiles)
+            launch.launch_lora_linear_bwd(dy, x, empty(M, R), weight, A, B, 0.5, needs, tiles=tiles)
         elif case.form == "clients":
             segments = (empty(C + 1, dtype=torch.int32), empty(C, dtype=torch.float32), empty(C, dtype=torch.int32))
             tensors, needs = (weight, A, B, bias, *segments), [True, False, True, True, False]
-            triton_kernels.launch_lora_linear_clients_fwd(x, *tensors, tiles=tiles)
-            triton_kernels.launch_lora_linear_clients_bwd(dy, x, empty(M, R), *tensors, needs, tiles=tiles)
+            launch.launch_lora_linear_clients_fwd(x, *tensors, tiles=tiles)
+            launch.launch_lora_linear_clients_bwd(dy, x, empty(M, R), *tensors, needs, tiles=tiles)
         else:
             lists, needs = ([weight] * P, [A] * P, [B] * P), [True, *[False, True, True, False] * P]
-            triton_kernels.launch_lora_linear_shared_fwd(x, *lists, [bias] * P, [0.5] * P, tiles=tiles)
+            launch.launch_lora_linear_shared_fwd(x, *lists, [bias] * P, [0.5] * P, tiles=tiles)
             h = empty(M, P * R)
-            triton_kernels.launch_lora_linear_shared_bwd([dy] * P, x, h, *lists, [0.5] * P, needs, tiles=tiles)
+            launch.launch_lora_linear_shared_bwd([dy] * P, x, h, *lists, [0.5] * P, needs, tiles=tiles)
     return found
 
 
@@ -181,7 +181,7 @@ def compile_triton(arch: int, case: Case, launch: Launch, folder: Path) -> Compi
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from federa_kernels.lora_linear.triton_kernels import OPTIONS
+    from federa_kernels.lora_linear.launch import OPTIONS
 
     options = {"num_warps": launch.tile.warps, "num_stages": launch.tile.stages, **OPTIONS}
     source = ASTSource(launch.kernel, *launch.source())

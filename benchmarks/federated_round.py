@@ -1,4 +1,4 @@
-"""Samples a second of a round's local training: all-MiniLM-L6-v2 on 20 Newsgroups, adapters on query and value, no dropout.
+"""Samples a second of a round's local training: MiniLM on 20 Newsgroups, adapters on query and value, no dropout.
 
 Every provider trains clients of one kind, each a step of one batch of its own examples with a fresh optimiser:
 

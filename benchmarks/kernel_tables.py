@@ -145,7 +145,7 @@ def kernel_figure(records: Sequence[Row], path: Path) -> None:
     rows = _at(rows, _threads(rows)[0])
     shapes = sorted({_place(row)[:3] for row in rows})
     width = min(len(shapes), 3)
-    figure, axes = _panels(-(-len(shapes) // width), width)
+    figure, axes = panels(-(-len(shapes) // width), width)
     for axis, shape in zip(axes, shapes, strict=False):
         here = [row for row in rows if _place(row)[:3] == shape]
         for provider, label in COLUMNS.items():
@@ -163,7 +163,7 @@ def kernel_figure(records: Sequence[Row], path: Path) -> None:
         axis.set_xticks(sorted({row["sizes"]["M"] for row in here}))
         axis.set_xticklabels(sorted({row["sizes"]["M"] for row in here}))
         axis.minorticks_off()
-    _finish(figure, axes[: len(shapes)], "time / frozen linear", path)
+    finish_figure(figure, axes[: len(shapes)], "time / frozen linear", path)
 
 
 def clients_figure(records: Sequence[Row], path: Path) -> None:
@@ -174,7 +174,7 @@ def clients_figure(records: Sequence[Row], path: Path) -> None:
     rows = _at(rows, _threads(rows)[0])
     cuts = sorted({row["sizes"]["cut"] for row in rows})
     counts = sorted({row["sizes"]["C"] for row in rows})
-    figure, axes = _panels(1, len(cuts), share=True)
+    figure, axes = panels(1, len(cuts), share=True)
     for axis, cut in zip(axes, cuts, strict=True):
         for provider, label in CLIENT_COLUMNS.items():
             line = [(C, geometric_mean(ratios)) for C in counts if (ratios := _ratios(rows, provider, C, cut))]
@@ -187,10 +187,10 @@ def clients_figure(records: Sequence[Row], path: Path) -> None:
         axis.set_xticks(counts)
         axis.set_xticklabels(counts)
         axis.minorticks_off()
-    _finish(figure, axes, "time / one adapter", path)
+    finish_figure(figure, axes, "time / one adapter", path)
 
 
-def _panels(height: int, width: int, share: bool = False):
+def panels(height: int, width: int, share: bool = False, size: tuple[float, float] | None = None):
     import matplotlib
 
     matplotlib.use("Agg")
@@ -198,14 +198,14 @@ def _panels(height: int, width: int, share: bool = False):
 
     matplotlib.rcParams["svg.hashsalt"] = "federa"  # the same records give the same file
     figure, axes = pyplot.subplots(
-        height, width, figsize=(3.2 * width, 2.5 * height + 0.5), squeeze=False, sharey=share
+        height, width, figsize=size or (3.2 * width, 2.5 * height + 0.5), squeeze=False, sharey=share
     )
     for axis in axes.flat:
         axis.spines[["top", "right"]].set_visible(False)
     return figure, list(axes.flat)
 
 
-def _finish(figure, axes, ylabel: str, path: Path) -> None:
+def finish_figure(figure, axes, ylabel: str, path: Path, columns: int = 4) -> None:
     from matplotlib import pyplot
 
     for axis in figure.axes:
@@ -213,8 +213,8 @@ def _finish(figure, axes, ylabel: str, path: Path) -> None:
             axis.set_visible(False)
     labels = {label: line for axis in axes for line, label in zip(*axis.get_legend_handles_labels(), strict=True)}
     figure.supylabel(ylabel, fontsize="medium")
-    figure.legend(labels.values(), labels, loc="lower center", ncols=min(len(labels), 4), frameon=False)
-    figure.tight_layout(rect=(0, (0.1 + 0.22 * -(-len(labels) // 4)) / figure.get_figheight(), 1, 1))
+    figure.legend(labels.values(), labels, loc="lower center", ncols=min(len(labels), columns), frameon=False)
+    figure.tight_layout(rect=(0, (0.1 + 0.22 * -(-len(labels) // columns)) / figure.get_figheight(), 1, 1))
     path.parent.mkdir(exist_ok=True)
     figure.savefig(path, metadata={"Date": None})
     pyplot.close(figure)

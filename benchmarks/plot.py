@@ -15,6 +15,7 @@ from typing import Any
 
 from benchmarks import records as store
 from benchmarks.kernel_tables import clients_figure, clients_table, kernel_figure, kernel_table
+from benchmarks.svd_tables import svd_figure, svd_table
 
 ROOT = Path(__file__).parent.parent
 RECORDS = ROOT / "benchmarks/results/runs.jsonl"
@@ -72,7 +73,8 @@ def every_table() -> dict[str, str]:
         f"lora_linear_clients-{device}": clients_table(read("lora_linear_clients", device))
         for device in ("cpu", "cuda")
     }
-    return runs | kernels | clients
+    svd = {f"truncated_svd-{device}": svd_table(read("truncated_svd", device)) for device in ("cpu", "cuda")}
+    return runs | kernels | clients | svd
 
 
 def read(subject: str, device: str) -> list[dict[str, Any]]:
@@ -118,6 +120,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for device in ("cpu", "cuda"):
         kernel_figure(read("lora_linear", device), PLOTS / f"lora_linear-{device}.svg")
         clients_figure(read("lora_linear_clients", device), PLOTS / f"lora_linear_clients-{device}.svg")
+        svd_figure(read("truncated_svd", device), PLOTS / f"truncated_svd-{device}.svg")
 
 
 if __name__ == "__main__":

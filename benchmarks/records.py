@@ -1,8 +1,11 @@
 """Records on disk, one JSON line each under results/, and what they were taken on.
 
+A file of measurements begins with its runs, {"run": id, "environment": {...}}; a record says `run` for its environment.
+
 Imports nothing of federa/: GPU machines that only run kernels need not have what it needs.
 """
 
+import hashlib
 import json
 import os
 import platform
@@ -76,7 +79,19 @@ def path_of(subject: str, device: str) -> Path:
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    """The records of a file, each with its environment."""
+    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    environments = {row["run"]: row["environment"] for row in rows if set(row) == {"run", "environment"}}
+    return [
+        row | {"environment": environments[row.pop("run")]} if "run" in row else row
+        for row in rows
+        if set(row) != {"run", "environment"}
+    ]
+
+
+def _run_of(environment: Mapping[str, Any]) -> str:
+    """The same for the same environment, wherever it is written."""
+    return hashlib.sha256(json.dumps(environment, sort_keys=True).encode()).hexdigest()[:8]
 
 
 def write(path: Path, text: str) -> None:
@@ -101,4 +116,10 @@ def save(records: Iterable[Mapping[str, Any]]) -> None:
         files.setdefault(path_of(record["subject"], record["environment"]["kind"]), []).append(record)
     for path, new in files.items():
         merged = {key(record): record for record in [*read(path), *new]}
-        write(path, "".join(json.dumps(record, allow_nan=False) + "\n" for record in merged.values()))
+        runs, rows = {}, []
+        for record in merged.values():
+            run = _run_of(record["environment"])
+            runs[run] = {"run": run, "environment": record["environment"]}
+            rows.append({**record, "run": run})
+            del rows[-1]["environment"]
+        write(path, "".join(json.dumps(line, allow_nan=False) + "\n" for line in [*runs.values(), *rows]))

@@ -62,6 +62,57 @@ TARGETS = (
 )  # fmt: skip
 
 
+class Speed(NamedTuple):
+    """How many times as long others take as ours where `where` holds: provider -> (must, aim)."""
+
+    name: str
+    where: Callable[[Row], bool]
+    over: Mapping[str, tuple[float, float]]
+    subject: str = "truncated_svd"
+
+
+def _svd(group: str, **sizes: int | str) -> Callable[[Row], bool]:
+    wanted = {"R": 16} | sizes
+    return lambda r: r["group"] == group and all(r["sizes"].get(name) == size for name, size in wanted.items())
+
+
+def _averages(*kinds: str) -> Callable[[Row], bool]:
+    return lambda r: _svd("factored", N=4096, K=4096, C=32)(r) and r["sizes"]["clients"] in kinds
+
+
+SPEEDS = (
+    Speed("CPU, roberta-base set", _svd("RoBERTa", G=72), {"full": (18, 26), "svd_lowrank(16)": (2.5, 3.3)}),
+    Speed("CPU, 36 MiniLM matrices", _svd("MiniLM"), {"full": (6, 9), "svd_lowrank(16)": (1.2, 2)}),
+    Speed("CPU, 4096x4096", _svd("square", N=4096), {"svd_lowrank(16)": (1.6, 3), "propack": (1.1, 2)}),
+    Speed("CPU, factored_svd, related clients", _averages("similar", "related"),
+          {"QR+QR+core": (6, 12), "dense + svd_lowrank(16)": (20, 40)}),
+    Speed("CPU, factored_svd, unrelated clients", _averages("unrelated"), {"QR+QR+core": (1.4, 1.7)}),
+)  # fmt: skip
+
+
+def speed_verdicts(goal: Speed, rows: Sequence[Row]) -> list[tuple[bool | None, str]]:
+    """Each case on one thread: whether all its ratios reach `must` (None: not measured) and a line."""
+    rows = [r for r in rows if r["environment"]["threads"] == 1 and goal.where(r)]
+    cases: dict[str, dict[str, Row]] = {}
+    for row in rows:
+        cases.setdefault(" ".join(str(size) for size in row["sizes"].values()), {})[row["provider"]] = row
+    if not cases:
+        return [(None, f"unknown  {goal.name}: not measured")]
+    found = []
+    for sizes, here in cases.items():
+        if not here["ours"]["ms"]:
+            found.append((False, f"FAIL     {goal.name} ({sizes}): {here['ours']['refused']}"))
+            continue
+        ratios = {name: here[name]["ms"][1] / here["ours"]["ms"][1] for name in goal.over if name in here}
+        met = all(ratios.get(name, 0) >= must for name, (must, _) in goal.over.items())
+        shown = ", ".join(
+            f"{ratio:.2f} times {name} (must {goal.over[name][0]}, aim {goal.over[name][1]})"
+            for name, ratio in ratios.items()
+        )
+        found.append((met, f"{'PASS' if met else 'FAIL'}     {goal.name} ({sizes}): {shown}"))
+    return found
+
+
 def geometric_mean(ratios: Sequence[float]) -> float:
     return math.exp(sum(map(math.log, ratios)) / len(ratios))
 
@@ -107,6 +158,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         verdict
         for target in TARGETS
         for verdict in verdicts(target, store.read(store.path_of(target.subject, target.device)))
+    ]
+    found += [
+        verdict for goal in SPEEDS for verdict in speed_verdicts(goal, store.read(store.path_of(goal.subject, "cpu")))
     ]
     print(*(line for _, line in found), sep="\n")
     return 1 if any(met is False for met, _ in found) else 0

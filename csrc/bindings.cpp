@@ -10,6 +10,7 @@
 #include "cpu/features.h"
 #include "cpu/lora_linear.h"
 #include "cpu/truncated_svd.h"
+#include "cpu/truncated_svd_tiles.h"
 #include "cuda/devices.h"
 
 namespace py = pybind11;
@@ -130,28 +131,45 @@ void pack(Address source, const py::str& kind, Index columns, Index column_strid
 }
 
 void low_rank_linear(Address x, const py::str& kind, Index rows, Index depth, Index x_stride, const py::list& list,
-                     const py::tuple& clients, Index count, bool accumulate, int threads) {
+                     const py::tuple& clients, Index count, int threads) {
     const ClientsOf of(clients, count, rows);
     const federa::Kind x_kind = kind_of(kind);
     std::vector<federa::Projection> projections;
     for (const auto& each : list) projections.push_back(projection_of(each.cast<py::tuple>()));
     py::gil_scoped_release released;
     federa::low_rank_linear(reinterpret_cast<const void*>(x), x_kind, rows, depth, x_stride, projections, of.get(),
-                            accumulate, threads);
+                            false, threads);
 }
 
-void low_rank_gradient(Address h, Index h_stride, Index rank, Address x, const py::str& kind, Index rows,
-                       Index columns, Index x_stride, const py::tuple& clients, Index count, float scaling,
-                       Address gradient, Index client_stride, Index rank_stride, Index column_stride, int threads) {
+// (packed, kind, columns, depth, rank, scaling, A and its strides, B and its strides)
+federa::Layer layer_of(const py::tuple& t) {
+    int i = 0;
+    const auto next = [&]() -> py::object { return t[i++]; };
+    const auto index = [&] { return next().cast<Index>(); };
+    federa::Layer l;
+    l.packed = pointer<const void>(next()), l.kind = kind_of(next());
+    l.columns = index(), l.depth = index(), l.rank = index(), l.scaling = next().cast<float>();
+    l.A = pointer<const float>(next()), l.A_client = index(), l.A_rank = index(), l.A_depth = index();
+    l.B = pointer<const float>(next()), l.B_client = index(), l.B_column = index(), l.B_rank = index();
+    return l;
+}
+
+void low_rank_backward(const py::tuple& layer, const py::str& kind, Index rows, Address dy, Index dy_stride, Address x,
+                       Index x_stride, Address h, Index h_stride, const py::tuple& clients, Index count,
+                       bool accumulate, Address dx, Address dA, Address dB, int threads) {
     const ClientsOf of(clients, count, rows);
+    const federa::Layer l = layer_of(layer);
     const federa::Kind x_kind = kind_of(kind);
+    const auto rows_of = [](Address data, Index stride) {
+        return federa::Rows{reinterpret_cast<const void*>(data), stride};
+    };
     py::gil_scoped_release released;
-    federa::low_rank_gradient(reinterpret_cast<const void*>(h), h_stride, rank, reinterpret_cast<const void*>(x),
-                              x_kind, columns, x_stride, of.get(), scaling, reinterpret_cast<float*>(gradient),
-                              client_stride, rank_stride, column_stride, threads);
+    federa::low_rank_backward(l, x_kind, rows, rows_of(dy, dy_stride), rows_of(x, x_stride), rows_of(h, h_stride),
+                              of.get(), accumulate, reinterpret_cast<void*>(dx), reinterpret_cast<float*>(dA),
+                              reinterpret_cast<float*>(dB), threads);
 }
 
-// Of each (A, N, K, lda, rank, block, columns, goal, U, S, Vh, left): (status, ||A V - U S||, following, matvecs).
+// Of each (A, N, K, lda, rank, block, columns, goal, gram, U, S, Vh, left): (status, ||A V - U S||, following, matvecs).
 py::list truncated_svd(const py::list& list, int threads) {
     std::vector<federa::SvdTask> tasks;
     for (const auto& each : list) {
@@ -162,14 +180,21 @@ py::list truncated_svd(const py::list& list, int threads) {
         task.A = static_cast<const float*>(address(0));
         task.N = index(1), task.K = index(2), task.lda = index(3);
         task.rank = index(4), task.block = index(5), task.columns = index(6), task.goal = fields[7].cast<double>();
-        task.U = static_cast<float*>(address(8)), task.S = static_cast<float*>(address(9));
-        task.Vh = static_cast<float*>(address(10)), task.left = static_cast<double*>(address(11));
+        task.gram = fields[8].cast<bool>();
+        task.U = static_cast<float*>(address(9)), task.S = static_cast<float*>(address(10));
+        task.Vh = static_cast<float*>(address(11)), task.left = static_cast<double*>(address(12));
         tasks.push_back(task);
     }
+    const auto interrupted = [] {
+        py::gil_scoped_acquire held;
+        return PyErr_CheckSignals() != 0;  // runs Python's handlers, in the main thread alone
+    };
+    bool done;
     {
         py::gil_scoped_release released;
-        federa::truncated_svd(tasks.data(), static_cast<long>(tasks.size()), threads);
+        done = federa::truncated_svd(tasks.data(), static_cast<long>(tasks.size()), threads, interrupted);
     }
+    if (!done) throw py::error_already_set();
     py::list results;
     for (const auto& task : tasks)
         results.append(py::make_tuple(static_cast<int>(task.status), task.right, task.following, task.matvecs));
@@ -190,7 +215,8 @@ PYBIND11_MODULE(_C, module) {
     });
     module.def("pack", &pack);
     module.def("low_rank_linear", &low_rank_linear);
-    module.def("low_rank_gradient", &low_rank_gradient);
+    module.def("low_rank_backward", &low_rank_backward);
     module.def("truncated_svd", &truncated_svd);
+    module.def("has_tiles", &federa::has_tiles, "whether truncated_svd can take a Gram matrix on the tile units");
     module.def("cuda_devices", &cuda_devices, "[{name, capability, memory in bytes}], or the driver's error as text");
 }

@@ -28,6 +28,7 @@ class State:
     seen: client -> the last round it was sampled in, before which it had the one-off broadcast. moves: for every round
     the rank of each frozen weight's move. releases: attempts at rounds that privacy has paid for. bytes_total: sent so
     far, both ways. seconds: spent so far. best: the round with the best validation score so far and its scores.
+    previous: tensors and base one round earlier, which the next round's change of direction is measured by.
     """
 
     round: int
@@ -41,13 +42,14 @@ class State:
     bytes_total: int = 0
     seconds: float = 0.0
     best: dict[str, Any] | None = None
+    previous: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
 def save_checkpoint(folder: RunFolder, state: State, digest: str, keep: int = 2) -> None:
     """Writes checkpoints/round-NNNNN atomically; keeps the newest `keep` and the best round's."""
     path = folder.checkpoints / f"round-{state.round:05d}"
     temporary = free_folder(path)
-    groups = {"global": state.tensors, "server": state.server, "base": state.base}
+    groups = {"global": state.tensors, "server": state.server, "base": state.base, "previous": state.previous}
     groups |= {f"client-{client}": tensors for client, tensors in state.variates.items()}
     content = save({f"{group}/{name}": t.cpu().contiguous() for group, ts in groups.items() for name, t in ts.items()})
     (temporary / "state.safetensors").write_bytes(content)
@@ -84,7 +86,7 @@ def load_checkpoint(folder: RunFolder, round: int, digest: str, template: dict[s
             raise InputError(f"{path}: is a checkpoint of another configuration or other factors than this run's")
         if facts.pop("sha256") != _digest(facts, content) or facts["round"] != round:
             raise InputError(f"{path}: is corrupt (its SHA-256 is not the recorded one); {hint}")
-        groups: dict[str, dict[str, torch.Tensor]] = {"global": {}, "server": {}, "base": {}}
+        groups: dict[str, dict[str, torch.Tensor]] = {"global": {}, "server": {}, "base": {}, "previous": {}}
         for key, tensor in load(content).items():
             group, _, name = key.partition("/")
             groups.setdefault(group, {})[name] = tensor
@@ -92,6 +94,7 @@ def load_checkpoint(folder: RunFolder, round: int, digest: str, template: dict[s
             tensors=groups.pop("global"),
             server=groups.pop("server"),
             base=groups.pop("base"),
+            previous=groups.pop("previous"),
             variates={int(group.removeprefix("client-")): tensors for group, tensors in groups.items()},
             seen=dict(facts["seen"]),
             **{name: facts[name] for name in FACTS},

@@ -22,6 +22,7 @@ errors = Console(stderr=True, highlight=False, soft_wrap=True)
 
 flower = typer.Typer(help="Runs over real sites, with Flower as the network.", no_args_is_help=True)
 app.add_typer(flower, name="flower")
+TAKE_UP = "`federa resume DIR` takes a run up after its last saved round, the same `federa study` a study"
 
 ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file; see examples/.")]
 RunDir = Annotated[Path, typer.Argument(metavar="DIR", help="A run's folder.")]
@@ -38,9 +39,11 @@ def run(
         str | None, typer.Option(metavar="NAME", help="Run a baseline instead: pooled, local, head-only, linear-probe.")
     ] = None,
     yardsticks: Annotated[bool, typer.Option("--yardsticks", help="Score four baselines beside the run.")] = False,
+    profile: Annotated[bool, typer.Option("--profile", help="Tell where a round's time goes; trace.json.")] = False,
 ) -> None:
-    """Run a configuration; a folder that holds the same run is taken up where it stopped."""
-    from federa import baselines, simulation
+    """Run a configuration; a folder that holds the same run is taken up where it stopped. Under torchrun the cohorts
+    of a round are spread over its processes."""
+    from federa import baselines, ranks, simulation
     from federa.config import anchored, load_config
     from federa.metrics import METRICS
     from federa.progress import RunProgress
@@ -48,13 +51,18 @@ def run(
 
     resolved = anchored(load_config(config, set or []))
     folder = output or Path("runs") / (f"{config.stem}-{baseline}" if baseline else config.stem)
+    if ranks.count() > 1:
+        if baseline is not None or yardsticks:
+            raise InputError("--baseline, --yardsticks: run in one process, got torchrun; run them without it")
+        if ranks.join() > 0:
+            return ranks.serve()
     with RunProgress(console) as watch:
         if baseline is not None:
             row = baselines.run_baseline(baseline, resolved, folder, watch)
             judged = METRICS[resolved.task.name]
             watch.table([ResultRow(row["name"], *(metric.value(row) for metric in judged), row["note"])], judged)
             return
-        simulation.run(resolved, folder, watch=watch)
+        simulation.run(resolved, folder, watch=_profiled(watch, folder) if profile else watch)
         if yardsticks:
             baselines.yardsticks(resolved, folder, watch)
         watch.summary(folder)
@@ -63,16 +71,24 @@ def run(
 @app.command()
 def resume(directory: RunDir, set: Set = None) -> None:
     """Take a stopped run up after its last saved round; --set may change server.retries and server.min_updates."""
-    from federa import simulation
+    from federa import ranks, simulation
     from federa.flower.project import is_over_sites, resume_project
     from federa.progress import RunProgress
 
+    if ranks.count() > 1 and ranks.join() > 0:
+        return ranks.serve()
     with RunProgress(console) as watch:
         if is_over_sites(directory):
             watch.bars.stop()
             resume_project(directory, set or [])
         simulation.resume(directory, overrides=set or [], watch=watch)
         watch.summary(directory)
+
+
+def _profiled(watch, folder: Path):
+    from federa.profile import RoundProfile
+
+    return RoundProfile(watch, folder / "trace.json", console)
 
 
 @app.command()
@@ -127,14 +143,45 @@ def partition(
 
 
 @app.command()
+def study(
+    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file; see examples/studies/.")],
+    set: Set = None,
+    output: Output = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Try every cell with small random models.")] = False,
+    budget: Annotated[
+        float | None,
+        typer.Option(metavar="MINUTES", min=0, help="Ask, or stop, before a study predicted to take more."),
+    ] = None,
+) -> None:
+    """Compare methods on a grid of data, heterogeneity and seeds, each with its own learning rate."""
+    from federa.study import dry_run as try_out
+    from federa.study import run_study
+    from federa.study.progress import StudyProgress
+
+    with StudyProgress(console) as watch:
+        if dry_run:
+            path = try_out(config, output or Path("runs") / f"{config.stem}-dry-run", overrides=set or [], watch=watch)
+        else:
+            folder = output or Path("runs") / config.stem
+            confirm = watch.confirm if console.is_terminal else None
+            path = run_study(config, folder, overrides=set or [], budget=budget, confirm=confirm, watch=watch)
+    console.print(f"study    {path}", soft_wrap=True, markup=False, highlight=False)
+
+
+@app.command()
 def report(
-    directories: Annotated[list[Path], typer.Argument(metavar="DIR...", help="One run, or several to compare.")],
+    directories: Annotated[list[Path], typer.Argument(metavar="DIR...", help="A run or a study, or runs to compare.")],
     output: Annotated[Path, typer.Option(metavar="HTML", help="Of a comparison.")] = Path("comparison.html"),
 ) -> None:
-    """Write a run's report.html again, or compare several runs on one page."""
+    """Write a run's report.html or a study's study.html again, or compare several runs on one page."""
     from federa.folder import RunFolder
     from federa.report import write_comparison, write_report
+    from federa.study.report import is_study, write_study
 
+    if len(directories) == 1 and is_study(directories[0]):
+        with _writing(directories[0] / "study.html"):
+            write_study(directories[0])
+        return
     folders = [RunFolder.open(directory).path for directory in directories]
     path = folders[0] / "report.html" if len(folders) == 1 else output
     with _writing(path):
@@ -211,11 +258,11 @@ def main() -> None:
     except RunError as error:
         _fail(1, str(error))
     except OSError as error:
-        _fail(1, f"the system refused: {error}; `federa resume DIR` takes a run up after its last saved round")
+        _fail(1, f"the system refused: {error}; {TAKE_UP}")
     except (KeyboardInterrupt, SystemExit) as ended:
         if isinstance(ended, SystemExit) and ended.code != 130:  # 130 is typer's for Ctrl-C, without a word
             raise
-        _fail(130, "interrupted; `federa resume DIR` takes a run up after its last saved round")
+        _fail(130, f"interrupted; {TAKE_UP}")
 
 
 def _fail(code: int, message: str) -> NoReturn:

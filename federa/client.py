@@ -64,8 +64,8 @@ def train_client(
 class LocalOptimizer:
     """One client's optimiser in one round of `total` steps, begun afresh from the parameters as they are.
 
-    A step adds FedProx's mu (w - start) to the gradients, clips their norm, adds the correction, takes the rate that the
-    schedule over all rounds has come to, updates and clears the gradients.
+    A step adds FedProx's mu (w - start) to the gradients, clips their norm, adds the correction, takes the rate that
+    the schedule over all rounds has come to, updates and clears the gradients.
     """
 
     def __init__(

@@ -284,6 +284,14 @@ def load_config(source: str | Path | Mapping[str, Any] | Config, overrides: Sequ
 
     Values of overrides are YAML ("null", "0.5", "[query, value]"). Raises InputError, one line that names the key.
     """
+    try:
+        return Config.model_validate(read_values(source, overrides))
+    except ValidationError as error:
+        raise InputError(_one_line(error)) from None
+
+
+def read_values(source: str | Path | Mapping[str, Any] | Config, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """The plain values that `load_config` validates."""
     if isinstance(source, Config):
         values = source.model_dump(mode="json")
     elif isinstance(source, Mapping):
@@ -292,10 +300,7 @@ def load_config(source: str | Path | Mapping[str, Any] | Config, overrides: Sequ
         values = _read_yaml(Path(source))
     for override in overrides:
         _apply_override(values, override)
-    try:
-        return Config.model_validate(values)
-    except ValidationError as error:
-        raise InputError(_one_line(error)) from None
+    return values
 
 
 def changed(config: Config, **sections: Mapping[str, Any]) -> Config:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import time
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -25,6 +26,7 @@ class Experiment:
 
     clients: per client the indices of its examples in `train`; test_clients: the same for `test`, shared out as the
     training data are (None unless evaluation.per_client), by the rows of the source that predictions are of.
+    adapt_seconds: what making the model trainable took, the SVDs of federa among it.
     """
 
     config: Config
@@ -36,6 +38,7 @@ class Experiment:
     test: Examples
     partition: Partition
     test_clients: list[np.ndarray] | None
+    adapt_seconds: float = 0.0
 
     @property
     def task(self) -> Task:
@@ -112,13 +115,15 @@ def build(
         partition = replace(partition, indices=[train.of_rows(chosen[own]) for own in partition.indices])
     if config.model.precision == "bfloat16":
         model.forward = torch.autocast(device.type, torch.bfloat16)(model.forward)
+    started = time.perf_counter()
     learner = replace(make_trainable(model, config.method, config.seed, device, broadcast), task=task)
+    adapted = time.perf_counter() - started
     server, clients = config.server, len(partition.indices)
     for key, needed in (("clients_per_round", server.clients_per_round or 1), ("min_updates", server.min_updates)):
         if needed > clients:
             raise InputError(f"server.{key} must be at most the number of clients = {clients}, got {needed}")
     validation = examples.take(examples.of_rows(held_out))
-    return Experiment(config, corpus, source, learner, train, validation, test, partition, test_clients)
+    return Experiment(config, corpus, source, learner, train, validation, test, partition, test_clients, adapted)
 
 
 def partition_of(config: Config) -> tuple[Corpus, Partition, np.ndarray]:

@@ -50,6 +50,8 @@ class Line(NamedTuple):
     y: Sequence[float]
     color: str
     dashes: str = "-"
+    low: Sequence[float] | None = None  # with `high` a band, or error bars where the x axis has ticks of its own
+    high: Sequence[float] | None = None
 
 
 class Level(NamedTuple):
@@ -62,19 +64,26 @@ def run_style(index: int) -> tuple[str, str]:
     return PALETTE[index % len(PALETTE)], DASHES[index // len(PALETTE) % len(DASHES)]
 
 
-def draw_accuracy(lines: Sequence[Line], xlabel: str, title: str, levels: Sequence[Level] = ()) -> bytes:
+def draw_accuracy(
+    lines: Sequence[Line],
+    xlabel: str,
+    title: str,
+    levels: Sequence[Level] = (),
+    ticks: Sequence[float] | None = None,
+) -> bytes:
     """Accuracies in 0..1 as lines in percent, with `levels` as thin horizontal lines.
 
     The axis starts at 0, or says where it starts if everything lies above 40 %. The x axis turns logarithmic where the
-    lines' ends lie more than 20 times apart.
+    lines' ends lie more than 20 times apart; with `ticks` it is logarithmic and marked there alone.
     """
-    lines = [line._replace(y=[100 * y for y in line.y]) for line in lines]
+    lines = [_in_percent(line) for line in lines]
     levels = [level._replace(y=100 * level.y) for level in levels]
-    values = [y for line in lines for y in line.y] + [level.y for level in levels]
+    values = [y for line in lines for ys in (line.y, line.low or (), line.high or ()) for y in ys]
+    values = [max(y, 0) for y in values + [level.y for level in levels]]
     low = 0 if min(values) < 40 else 10 * math.floor(min(values) / 10 - 0.1)
     high = min(100, max(10 * math.ceil(max(values) / 10 + 0.1), low + 20))
     title = f"{title}, %" + (f" (axis from {low})" if low else "")
-    return _draw_lines(lines, levels, (low, high), xlabel, title, "{:.1f}")
+    return _draw_lines(lines, levels, (low, high), xlabel, title, "{:.1f}", ticks)
 
 
 def draw_loss(lines: Sequence[Line], xlabel: str, title: str, levels: Sequence[Level] = ()) -> bytes:
@@ -152,6 +161,17 @@ def draw_partition(
         return _png(figure)
 
 
+def draw_amounts(lines: Sequence[Line], xlabel: str, title: str) -> bytes:
+    """Amounts as lines from 0, with their bands."""
+    values = [y for line in lines for ys in (line.y, line.high or ()) for y in ys]
+    return _draw_lines(lines, [], (0, 1.08 * max(values) or 1), xlabel, title, "{:.2f}")
+
+
+def _in_percent(line: Line) -> Line:
+    low, high = ([100 * y for y in ys] if ys else None for ys in (line.low, line.high))
+    return line._replace(y=[100 * y for y in line.y], low=low, high=high)
+
+
 def _draw_lines(
     lines: Sequence[Line],
     levels: Sequence[Level],
@@ -159,6 +179,7 @@ def _draw_lines(
     xlabel: str,
     title: str,
     number: str,
+    ticks: Sequence[float] | None = None,
 ) -> bytes:
     height = max(3.3, 0.17 * (len(lines) + len(levels)) + 0.9)
     with matplotlib.rc_context(STYLE):
@@ -170,17 +191,28 @@ def _draw_lines(
         axes.grid(axis="y", color=RULE, linewidth=0.8)
         axes.set_axisbelow(True)
         axes.tick_params(length=0)
-        _set_x_axis(axes, lines)
+        _set_x_axis(axes, lines, ticks)
         for level in levels:
             axes.axhline(level.y, color=QUIET, linewidth=0.8, dashes=(2, 2), zorder=1.5)
         for line in lines:
             marker = "o" if len(line.x) <= 30 else ""
             axes.plot(line.x, line.y, line.dashes + marker, color=line.color, linewidth=1.8, markersize=3.6)
+            if line.low and line.high and ticks:
+                axes.vlines(line.x, line.low, line.high, color=line.color, linewidth=1.1)
+            elif line.low and line.high:
+                axes.fill_between(line.x, line.low, line.high, color=line.color, alpha=0.14, linewidth=0)
         _label_ends(axes, lines, levels, number, height)
         return _png(figure)
 
 
-def _set_x_axis(axes: Axes, lines: Sequence[Line]) -> None:
+def _set_x_axis(axes: Axes, lines: Sequence[Line], ticks: Sequence[float] | None) -> None:
+    if ticks:
+        axes.set_xscale("log")
+        axes.set_xlabel(axes.get_xlabel() + " (log scale)")
+        axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+        axes.set_xticks([], minor=True)
+        axes.set_xlim(min(ticks) / 1.3, max(ticks) * 1.3)
+        return
     ends = [max(line.x) for line in lines]
     positive = [end for end in ends if end > 0]
     if positive and max(positive) > 20 * min(positive):

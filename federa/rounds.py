@@ -32,6 +32,7 @@ from federa.experiment import Experiment
 from federa.folder import RunFolder
 from federa.privacy import draw_normal, epsilon, secret_generator
 from federa.randomness import Purpose, generator
+from federa.variation import update_geometry
 
 Watch = Callable[[str, dict[str, Any]], None]
 # (experiment, state before the round, round, clients in id order) -> their updates, in that order
@@ -154,6 +155,7 @@ def _run_round(experiment: Experiment, state: State, watch: Watch, train: Train)
     before = state
     state, drift = gathering.next_state()
     state.releases += len(attempts)
+    state.previous = before.tensors | before.base
     aggregated = time.perf_counter()
     record = {
         "round": round,
@@ -182,6 +184,8 @@ def _run_round(experiment: Experiment, state: State, watch: Watch, train: Train)
         "aggregate": aggregated - trained,
         "evaluate": evaluated - aggregated,
     }
+    values = (before.previous, state.previous, state.tensors | state.base)
+    record["update"] = update_geometry(experiment.learner, *values)
     state.seconds += evaluated - started
     return state, record
 

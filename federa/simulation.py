@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from federa import ranks
 from federa.checkpoint import (
     State,
     checkpoint_rounds,
@@ -151,8 +152,14 @@ def _train(folder: RunFolder, config: Config, watch: Watch, train: Train | None 
     if train is None:
         cohort = folder.metrics()[-1].get("cohort") or folder.read_json(folder.environment_file, ("cohort",))["cohort"]
         train = Cohorts(cohort) if cohort > 1 else train_in_turn
+        if ranks.count() > 1:
+            train = ranks.Ranks(experiment, cohort)
     watch("ready", {"experiment": experiment, "state": state, "cohort": getattr(train, "size", 1)})
-    state = run_rounds(experiment, folder, state, watch, train)
+    try:
+        state = run_rounds(experiment, folder, state, watch, train)
+    finally:
+        if isinstance(train, ranks.Ranks):
+            train.close()
     return _conclude(experiment, folder, state, watch)
 
 
@@ -175,6 +182,7 @@ def _begin(experiment: Experiment, folder: RunFolder, cohort: int) -> State:
     learner = experiment.learner
     folder.write_config(experiment.config)
     facts = environment(str(learner.device), torch.get_num_threads(), cohort)
+    facts["adapt_seconds"] = experiment.adapt_seconds
     folder.write_json(folder.environment_file.name, facts)
     labels, partition = experiment.corpus.strata, experiment.partition
     counts = label_counts(partition.indices, experiment.train.labels, len(labels))

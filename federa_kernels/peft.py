@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ._checks import failure
 from .dropped import add_dropped
 from .frozen import FrozenWeight, PackedLinear
+from .linear import is_conv1d
 from .lora_linear import lora_linear
 
 
@@ -83,7 +84,7 @@ def _obstacle(layer: Any, adapter: str, parts: _Parts) -> str | None:
     base, lora_A, lora_B, dropout = parts
     if adapter in layer.lora_variant:
         return type(layer.lora_variant[adapter]).__name__.removesuffix("LinearVariant")
-    if type(base) is not nn.Linear and type(base) is not PackedLinear:
+    if type(base) is not nn.Linear and type(base) is not PackedLinear and not is_conv1d(base):
         return f"a {type(base).__name__} base"
     weight = base.weight
     if type(weight) is not nn.Parameter or not weight.is_floating_point():
@@ -94,7 +95,7 @@ def _obstacle(layer: Any, adapter: str, parts: _Parts) -> str | None:
         return "lora_bias"
     if type(dropout) is not nn.Identity and type(dropout) is not nn.Dropout:
         return f"a {type(dropout).__name__} for dropout"
-    return "fan_in_fan_out" if layer.fan_in_fan_out else None
+    return "fan_in_fan_out" if layer.fan_in_fan_out != is_conv1d(base) else None
 
 
 def _is_watched(module: nn.Module) -> bool:
@@ -131,10 +132,11 @@ def _forward(layer: Any, adapter: str, parts: _Parts, x: Tensor) -> Tensor:
 
 
 def _weight(layer: Any, weight: Tensor) -> Tensor | FrozenWeight:
+    """Of a Conv1D the weight lies as (K,N)."""
     if weight.requires_grad:
-        return weight
-    if layer._frozen.weight is not weight:
-        layer._frozen = FrozenWeight(weight)
+        return weight.t() if layer.fan_in_fan_out else weight
+    if layer._frozen.source is not weight:
+        layer._frozen = FrozenWeight(weight, fan_in_fan_out=layer.fan_in_fan_out)
     return layer._frozen
 
 
@@ -158,14 +160,14 @@ def accelerate_peft(model: nn.Module) -> AccelerateReport:
 
         y = x W^T + b + s ((x * m / (1 - p)) A^T) B^T        m: dropout's mask in training mode, else 1 and p = 0
 
-    For lora.Linear on nn.Linear. Parameters, state_dict and `save_pretrained` stay as they are. A layer whose state is
-    not the simple one (no or several active adapters, merged, `adapter_names` given, hooks on its parts) computes by
-    peft's own forward for as long. Of dropout it keeps the mask, a bit an entry, drawn from torch's generator; on the
-    CPU the draws are nn.Dropout's. Products are those of `lora_linear`: in the dtype of x or of autocast, while peft
-    without autocast would run float32 adapters beside a half base in float32.
+    For lora.Linear on nn.Linear and transformers' Conv1D. Parameters, state_dict and `save_pretrained` stay as they
+    are. A layer whose state is not the simple one (no or several active adapters, merged, `adapter_names` given,
+    hooks on its parts) computes by peft's own forward for as long. Of dropout it keeps the mask, a bit an entry,
+    drawn from torch's generator; on the CPU the draws are nn.Dropout's. Products are those of `lora_linear`: in the
+    dtype of x or of autocast, while peft without autocast would run float32 adapters beside a half base in float32.
 
     LoRA on embeddings and convolutions is left alone. Raises ValueError, with the model untouched, for layers it cannot
-    honour (DoRA and other variants, lora_bias, Conv1D and quantised bases) and for a model without LoRA layers;
+    honour (DoRA and other variants, lora_bias, quantised bases) and for a model without LoRA layers;
     RuntimeError where peft is not installed. `restore_peft` takes it back.
     """
     lora = _lora_module()
@@ -182,12 +184,12 @@ def accelerate_peft(model: nn.Module) -> AccelerateReport:
         else:
             obstacles[name] = f"a lora.{type(layer).__name__}"
     if obstacles or not chosen:
-        expectation = "have LoRA on nn.Linear, and none that lora_linear does not compute"
-        raise ValueError(failure("accelerate_peft", "model", expectation, _listed(obstacles) or "no LoRA on nn.Linear"))
+        expectation = "have LoRA on nn.Linear or Conv1D, and none that lora_linear does not compute"
+        raise ValueError(failure("accelerate_peft", "model", expectation, _listed(obstacles) or "no such LoRA"))
     for name, layer in chosen.items():
-        layer._frozen = FrozenWeight(layer.base_layer.weight)
+        layer._frozen = FrozenWeight(layer.base_layer.weight, fan_in_fan_out=layer.fan_in_fan_out)
         layer.__class__ = _accelerated_class()
-        report.accelerated[name] = tuple(layer.base_layer.weight.shape)
+        report.accelerated[name] = tuple(layer._frozen.shape)
     return report
 
 

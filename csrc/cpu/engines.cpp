@@ -2,6 +2,7 @@
 
 #include <atomic>
 #include <cstring>
+#include <memory>
 #include <stdexcept>
 
 #ifdef __linux__
@@ -90,6 +91,25 @@ void low_rank_gradient(const void* h, std::int64_t h_stride, std::int64_t rank, 
                        std::int64_t column_stride, int threads) {
     current_for(kind).low_rank_gradient(h, h_stride, rank, x, kind, columns, x_stride, clients, scaling, gradient,
                                         client_stride, rank_stride, column_stride, threads);
+}
+
+void low_rank_backward(const Layer& l, Kind kind, std::int64_t rows, Rows dy, Rows x, Rows h, const Clients& clients,
+                       bool accumulate, void* dx, float* dA, float* dB, int threads) {
+    const std::unique_ptr<float[]> dh(new float[dx || dA ? rows * l.rank : 0]);  // room for either kind
+    if (dx || dA) {
+        Projection p{};
+        p.packed = dx ? l.packed : nullptr, p.kind = l.kind, p.columns = l.depth, p.rank = l.rank, p.scaling = l.scaling;
+        p.down = l.B, p.down_client = l.B_client, p.down_rank = l.B_rank, p.down_depth = l.B_column;
+        p.up = l.A, p.up_client = l.A_client, p.up_column = l.A_depth, p.up_rank = l.A_rank;
+        p.out = dx, p.h = dh.get(), p.h_stride = l.rank;
+        low_rank_linear(dy.data, kind, rows, l.columns, dy.stride, {p}, clients, accumulate, threads);
+    }
+    if (dA)
+        low_rank_gradient(dh.get(), l.rank, l.rank, x.data, kind, l.depth, x.stride, clients, l.scaling, dA,
+                          l.rank * l.depth, l.depth, 1, threads);
+    if (dB)
+        low_rank_gradient(h.data, h.stride, l.rank, dy.data, kind, l.columns, dy.stride, clients, l.scaling, dB,
+                          l.columns * l.rank, 1, l.rank, threads);
 }
 
 }  // namespace federa

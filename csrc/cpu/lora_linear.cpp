@@ -69,6 +69,13 @@ void configure_tiles() {
 
 void release_tiles() { _tile_release(); }
 
+// A floating-point unit left alone for about 2,000 cycles falls asleep, and the tile store that ends a longer run of
+// products then waits 600 more. One addition a step keeps it awake; neither integer operations nor stores do.
+inline void stay_awake() {
+    float zero = 0.0f;
+    __asm__ volatile("vaddss %0, %0, %0" : "+x"(zero));
+}
+
 inline __mmask16 first(Index count) { return count >= 16 ? 0xffff : count <= 0 ? 0 : (1u << count) - 1; }
 
 inline __m512 widened(__m256i half) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16)); }
@@ -96,6 +103,18 @@ inline void split(__m512 first, __m512 second, __m512i planes[3]) {
         first = _mm512_sub_ps(first, one), second = _mm512_sub_ps(second, other);
     }
     planes[2] = paired(first, second);  // of 24 bits 8 are left, or one plane would not do
+}
+
+// The same by cutting bits off, in three quarters of the time. Such parts all lie on one side, which makes the products
+// that are left out larger (2^-25 of a sum, where the other factor is rounded): for rows, split at every use.
+inline void cut(__m512 first, __m512 second, __m512i planes[3]) {
+    const __m512 upper = _mm512_castsi512_ps(_mm512_set1_epi32(0xffff0000));
+    for (int plane = 0; plane < 2; ++plane) {
+        planes[plane] = paired(first, second);
+        first = _mm512_sub_ps(first, _mm512_and_ps(first, upper));
+        second = _mm512_sub_ps(second, _mm512_and_ps(second, upper));
+    }
+    planes[2] = paired(first, second);
 }
 
 inline __m256i upper_halves(__m512 values) {
@@ -165,24 +184,26 @@ inline __m512 gather_floats(const void* source, Kind kind, Index offset, Index s
     return _mm512_load_ps(values);
 }
 
-// One step of 32 rows of x: [plane][half][16 rows][16 pairs (k, k + 16) of depth] tiles a step, rows beyond `rows` zero.
+// 32 rows of x: [plane][half][16 rows][16 pairs (k, k + 16) of depth] tiles a step, rows beyond `rows` zero. Four steps at
+// a time stay in the first-level cache while they are written.
 void split_rows(const void* x, Kind kind, Index x_stride, Index rows, Index depth, bf16* out) {
     const int planes = planes_of(kind);
     const Index steps = blocks(depth, SIDE);
-    for (Index row = 0; row < SIDE; ++row) {
-        bf16* to = out + row / 16 * TILE + row % 16 * 32;
-        for (Index step = 0; step < steps; ++step, to += 2 * planes * TILE) {
-            const Index at = row * x_stride + step * SIDE, left = row < rows ? depth - step * SIDE : 0;
-            if (kind == Kind::bfloat16) {
-                const __mmask32 mask = left >= 32 ? ~0u : left <= 0 ? 0 : (1u << left) - 1;
-                _mm512_storeu_si512(to, interleaved(_mm512_maskz_loadu_epi16(mask, static_cast<const bf16*>(x) + at)));
-                continue;
+    for (Index begin = 0; begin < steps; begin += 4)
+        for (Index row = 0; row < SIDE; ++row) {
+            bf16* to = out + begin * 2 * planes * TILE + row / 16 * TILE + row % 16 * 32;
+            for (Index step = begin; step < std::min(begin + 4, steps); ++step, to += 2 * planes * TILE) {
+                const Index at = row * x_stride + step * SIDE, left = row < rows ? depth - step * SIDE : 0;
+                if (kind == Kind::bfloat16) {
+                    const __mmask32 mask = left >= 32 ? ~0u : left <= 0 ? 0 : (1u << left) - 1;
+                    _mm512_storeu_si512(to, interleaved(_mm512_maskz_loadu_epi16(mask, static_cast<const bf16*>(x) + at)));
+                    continue;
+                }
+                __m512i parts[3];
+                cut(load_floats(x, kind, at, first(left)), load_floats(x, kind, at + 16, first(left - 16)), parts);
+                for (int plane = 0; plane < 3; ++plane) _mm512_storeu_si512(to + plane * 2 * TILE, parts[plane]);
             }
-            __m512i parts[3];
-            split(load_floats(x, kind, at, first(left)), load_floats(x, kind, at + 16, first(left - 16)), parts);
-            for (int plane = 0; plane < 3; ++plane) _mm512_storeu_si512(to + plane * 2 * TILE, parts[plane]);
         }
-    }
 }
 
 // One step of a panel, 32 deep: [plane][half][16 pairs (d, d + 16) of depth][16 columns][2], in `halves` of 16 columns.
@@ -302,6 +323,7 @@ void finish_h(const float* sums, Index from, Index to, Index rank, Index blocks,
 template <int X_PLANES, int P_PLANES>
 inline void multiply(const bf16* x, const bf16* p, Index steps) {
     for (Index step = 0; step < steps; ++step, x += X_PLANES * 2 * TILE, p += P_PLANES * 2 * TILE) {
+        stay_awake();
         if constexpr (X_PLANES == 3 && P_PLANES == 3) {
             LOAD_X(0) LOAD_P(2) PRODUCT
             LOAD_P(1) PRODUCT
@@ -367,6 +389,7 @@ void narrow_product(int planes, const bf16* x, const bf16* p, Index steps, float
     _tile_zero(1);
     _tile_zero(3);
     for (Index step = 0; step < steps; ++step, x += 6 * TILE, p += 6 * TILE) {
+        stay_awake();
         _tile_loadd(6, p, 64);
         _tile_loadd(7, p + 2 * TILE, 64);
         LOAD_X(2) NARROW(1, 3, 6)
@@ -458,79 +481,92 @@ void store_gradient(const float* sums, float scaling, Index components, Index co
     }
 }
 
-// 32 rows and 32 columns of x, paired along the rows: [plane][half][16 pairs (m, m + 16) of rows][16 columns][2].
+// 32 rows and 64 columns of x, where they are, and where to put them as tiles of pairs along the rows:
+// [32 columns][plane][half][16 pairs (m, m + 16) of rows][16 columns][2].
+struct Columns {
+    const unsigned char* x;
+    Index stride, rows, columns;
+    bf16* out;
+
+    bool whole() const { return rows >= SIDE && columns >= 64; }
+};
+
+// Vectors from..to of its 64.
 template <bool WHOLE, int PLANES>
-void split_columns(const void* x, Index x_stride, Index rows, Index columns, bf16* out) {
+inline void split_columns(const Columns& c, Index from, Index to) {
     constexpr Kind kind = PLANES == 3 ? Kind::float32 : Kind::bfloat16;
     constexpr Index width = PLANES == 3 ? 4 : 2;
-    for (Index pair = 0; pair < 16; ++pair) {
-        for (Index half = 0; half < 2; ++half) {
-            const __mmask16 mask = WHOLE ? 0xffff : first(columns - half * 16);
-            const auto* upper_row = static_cast<const unsigned char*>(x) + (pair * x_stride + half * 16) * width;
-            const auto* lower_row = upper_row + 16 * x_stride * width;
-            const __m512 upper = load_floats(upper_row, kind, 0, WHOLE || pair < rows ? mask : 0);
-            const __m512 lower = load_floats(lower_row, kind, 0, WHOLE || pair + 16 < rows ? mask : 0);
-            _mm_prefetch(upper_row + SIDE * x_stride * width, _MM_HINT_T1);  // of the next 32 rows
-            _mm_prefetch(lower_row + SIDE * x_stride * width, _MM_HINT_T1);
-            __m512i parts[3] = {paired(upper, lower)};
-            if constexpr (PLANES == 3) split(upper, lower, parts);
-            for (int plane = 0; plane < PLANES; ++plane)
-                _mm512_store_si512(out + (plane * 2 + half) * TILE + pair * 32, parts[plane]);
-        }
+    for (Index i = from; i < to; ++i) {
+        const Index column = i / 16 * 16, pair = i % 16;
+        const __mmask16 mask = WHOLE ? 0xffff : first(c.columns - column);
+        const unsigned char* upper_row = c.x + (pair * c.stride + column) * width;
+        const unsigned char* lower_row = upper_row + 16 * c.stride * width;
+        const __m512 upper = load_floats(upper_row, kind, 0, WHOLE || pair < c.rows ? mask : 0);
+        const __m512 lower = load_floats(lower_row, kind, 0, WHOLE || pair + 16 < c.rows ? mask : 0);
+        _mm_prefetch(upper_row + SIDE * c.stride * width, _MM_HINT_T1);  // of the next 32 rows
+        _mm_prefetch(lower_row + SIDE * c.stride * width, _MM_HINT_T1);
+        __m512i parts[3] = {paired(upper, lower)};
+        if constexpr (PLANES == 3) cut(upper, lower, parts);
+        bf16* out = c.out + (column / 32 * PLANES * 2 + column / 16 % 2) * TILE + pair * 32;
+        for (int plane = 0; plane < PLANES; ++plane) _mm512_store_si512(out + plane * 2 * TILE, parts[plane]);
     }
 }
 
-// Adds 16 columns of one plane of x times the planes of h that matter with it.
-#define GRADIENT(SUM, PLANE, LAST) \
-    _tile_loadd(7, x + (SUM) / 2 * planes * 2 * TILE + ((PLANE) * 2 + (SUM) % 2) * TILE, 64); \
-    _tile_dpbf16ps(SUM, 4, 7); \
-    if (LAST > 0) { _tile_dpbf16ps(SUM, 5, 7); } \
-    if (LAST > 1) { _tile_dpbf16ps(SUM, 6, 7); }
-#define GRADIENTS(PLANE, LAST) \
-    GRADIENT(0, PLANE, LAST) GRADIENT(1, PLANE, LAST) GRADIENT(2, PLANE, LAST) GRADIENT(3, PLANE, LAST)
+// 16 columns of one plane of x times the planes of h that matter with it, products DONE and following of the block.
+#define TIMES_H(SUM, H_TILE, DONE) \
+    _tile_dpbf16ps(SUM, H_TILE, 7); \
+    if constexpr (SPLITS) split_columns<true, PLANES>(next, (DONE) * 64 / PRODUCTS, ((DONE) + 1) * 64 / PRODUCTS);
+#define GRADIENT(SUM, PLANE, COUNT, DONE) \
+    _tile_loadd(7, x + (SUM) / 2 * PLANES * 2 * TILE + ((PLANE) * 2 + (SUM) % 2) * TILE, 64); \
+    TIMES_H(SUM, 4, (DONE) + (SUM) * (COUNT)) \
+    if constexpr (COUNT > 1) { TIMES_H(SUM, 5, (DONE) + (SUM) * (COUNT) + 1) } \
+    if constexpr (COUNT > 2) { TIMES_H(SUM, 6, (DONE) + (SUM) * (COUNT) + 2) }
+#define GRADIENTS(PLANE, COUNT, DONE) \
+    GRADIENT(0, PLANE, COUNT, DONE) GRADIENT(1, PLANE, COUNT, DONE) \
+    GRADIENT(2, PLANE, COUNT, DONE) GRADIENT(3, PLANE, COUNT, DONE)
 
-// sums [block of 16 components][16 columns, four times][16][16] += h^T x for 32 rows and 64 columns: four chains, since
-// two would wait for each other.
-void gradient_block(const bf16* h_tiles, Index rank_blocks, const bf16* x, int planes, float* sums) {
-    for (Index block = 0; block < rank_blocks; ++block, h_tiles += planes * TILE, sums += 1024) {
-        _tile_loadd(0, sums, 64);
-        _tile_loadd(1, sums + 256, 64);
-        _tile_loadd(2, sums + 512, 64);
-        _tile_loadd(3, sums + 768, 64);
-        _tile_loadd(4, h_tiles, 64);
-        if (planes == 3) {
-            _tile_loadd(5, h_tiles + TILE, 64);
-            _tile_loadd(6, h_tiles + 2 * TILE, 64);
-            GRADIENTS(2, 0) GRADIENTS(1, 1) GRADIENTS(0, 2)
-        } else {
-            GRADIENTS(0, 0)
-        }
-        _tile_stored(0, sums, 64);
-        _tile_stored(1, sums + 256, 64);
-        _tile_stored(2, sums + 512, 64);
-        _tile_stored(3, sums + 768, 64);
+// sums [16 columns, four times][16 components][16] += h^T x for 32 rows and 64 columns: four chains, since two would
+// wait for each other. SPLITS: in between, the vector units split the columns that come next.
+template <int PLANES, bool SPLITS>
+void gradient_block(const bf16* h_tiles, const bf16* x, float* sums, [[maybe_unused]] const Columns& next) {
+    constexpr Index PRODUCTS = PLANES == 3 ? 24 : 4;
+    stores_are_done();
+    _tile_loadd(0, sums, 64);
+    _tile_loadd(1, sums + 256, 64);
+    _tile_loadd(2, sums + 512, 64);
+    _tile_loadd(3, sums + 768, 64);
+    _tile_loadd(4, h_tiles, 64);
+    if constexpr (PLANES == 3) {
+        _tile_loadd(5, h_tiles + TILE, 64);
+        _tile_loadd(6, h_tiles + 2 * TILE, 64);
+        GRADIENTS(2, 1, 0) GRADIENTS(1, 2, 4) GRADIENTS(0, 3, 12)
+    } else {
+        GRADIENTS(0, 1, 0)
     }
+    _tile_stored(0, sums, 64);
+    _tile_stored(1, sums + 256, 64);
+    _tile_stored(2, sums + 512, 64);
+    _tile_stored(3, sums + 768, 64);
 }
 
-// sums [64 columns][as above] += h^T x for 32 rows. The vector units split a block while the tile units take the last.
-void gradient_rows(const bf16* h_tiles, Index rank_blocks, const void* x, Kind kind, Index x_stride, Index rows,
-                   Index columns, float* sums) {
-    alignas(64) bf16 tiles[2][12 * TILE];
-    const int planes = planes_of(kind);
-    const auto split_next = [&](Index k) {
-        for (Index half = 0; half < 2; ++half, k += SIDE) {
-            const bool whole = rows >= SIDE && columns - k >= SIDE;
-            const auto split_by = planes == 3 ? (whole ? split_columns<true, 3> : split_columns<false, 3>)
-                                              : (whole ? split_columns<true, 1> : split_columns<false, 1>);
-            split_by(static_cast<const unsigned char*>(x) + k * (planes == 3 ? 4 : 2), x_stride, rows, columns - k,
-                     tiles[k / 64 % 2] + half * planes * 2 * TILE);
-        }
+// sums [64 columns][block of 16 components][as above] += h^T x for 32 rows.
+template <int PLANES>
+void gradient_rows(const bf16* h_tiles, Index rank_blocks, const void* x, Index x_stride, Index rows, Index columns,
+                   float* sums) {
+    alignas(64) bf16 tiles[2][4 * PLANES * TILE];
+    const auto columns_at = [&](Index k) {
+        const auto* own = static_cast<const unsigned char*>(x) + k * (PLANES == 3 ? 4 : 2);
+        return Columns{own, x_stride, rows, columns - k, tiles[k / 64 % 2]};
     };
-    split_next(0);
-    for (Index k = 0; k < columns; k += 64, sums += rank_blocks * 1024) {
-        if (k + 64 < columns) split_next(k + 64);
-        stores_are_done();
-        gradient_block(h_tiles, rank_blocks, tiles[k / 64 % 2], planes, sums);
+    for (Index k = -64; k < columns; k += 64) {
+        const Columns next = columns_at(k + 64);
+        const bool splits = next.whole() && k >= 0;
+        if (!splits && next.columns > 0)
+            next.whole() ? split_columns<true, PLANES>(next, 0, 64) : split_columns<false, PLANES>(next, 0, 64);
+        for (Index block = 0; block < rank_blocks && k >= 0; ++block, sums += 1024) {
+            const auto add = splits && block == 0 ? gradient_block<PLANES, true> : gradient_block<PLANES, false>;
+            add(h_tiles + block * PLANES * TILE, tiles[k / 64 % 2], sums, next);
+        }
     }
 }
 
@@ -840,7 +876,8 @@ void gradient_of(const void* h, Index h_stride, Index rank, const void* x, Kind 
             for (Index block = 0; block < rank_blocks; ++block)
                 transpose_h(at(h, kind, row * h_stride + block * 16), kind, h_stride, end - row,
                             own_rank - block * 16, tiles + block * planes_of(kind) * TILE);
-            gradient_rows(tiles, rank_blocks, at(x, kind, row * x_stride + from), kind, x_stride, end - row, width, sums);
+            const auto add = kind == Kind::float32 ? gradient_rows<3> : gradient_rows<1>;
+            add(tiles, rank_blocks, at(x, kind, row * x_stride + from), x_stride, end - row, width, sums);
             // Long sums are summed in parts, or their rounding would grow with the rows.
             if ((row - clients.offsets[client]) % 512 == 512 - SIDE || row + SIDE >= end) move_sums(sums, totals, size);
         }

@@ -34,7 +34,8 @@ enum class Kind { float32 = 0, bfloat16 = 1 };
 
 // Panels of a matrix P with `depth` rows and `columns` columns, P[d][c] = source[d * depth_stride + c * column_stride],
 // zero where P ends. amx: for each 32 columns, for each 32 rows of depth, one plane of bfloat16 (Kind::bfloat16) or
-// three (float32) of two tiles of 16 columns. Others: for each 16 (avx2: 8) columns all rows, in their kind.
+// three (float32) of two tiles of 16 columns. Others: for each stretch of depth, equal ones of at most 384, for each 16
+// (avx2: 8) columns the rows of the stretch, in their kind. federa_kernels/lora_linear/cpu.py unpacks both.
 std::size_t packed_bytes(Kind kind, std::int64_t columns, std::int64_t depth);
 void pack(const void* source, Kind kind, std::int64_t columns, std::int64_t column_stride, std::int64_t depth,
           std::int64_t depth_stride, void* packed, int threads);
@@ -73,5 +74,26 @@ void low_rank_linear(const void* x, Kind kind, std::int64_t rows, std::int64_t d
 void low_rank_gradient(const void* h, std::int64_t h_stride, std::int64_t rank, const void* x, Kind kind,
                        std::int64_t columns, std::int64_t x_stride, const Clients& clients, float scaling,
                        float* gradient, std::int64_t client_stride, std::int64_t rank_stride, std::int64_t column_stride, int threads);
+
+// One frozen weight W and its adapters, to be differentiated: A[c][r][k] and B[c][n][r].
+struct Layer {
+    const void* packed;  // W, for dy W; null where dx is not wanted
+    Kind kind;
+    std::int64_t columns, depth, rank;  // N, K, R
+    float scaling;                      // times that of the client
+    const float *A, *B;
+    std::int64_t A_client, A_rank, A_depth, B_client, B_column, B_rank;  // strides
+};
+
+// A matrix of rows; null where nobody asks for it.
+struct Rows {
+    const void* data;
+    std::int64_t stride;
+};
+
+// dh = dy B    dx = dy W + s dh A    dA[c] = s dh^T x    dB[c] = s dy^T h    each null where it is not wanted; dx, of the
+// kind of dy, and the float32 dA (C,R,K) and dB (C,N,R) are contiguous. `accumulate` adds to dx.
+void low_rank_backward(const Layer& layer, Kind kind, std::int64_t rows, Rows dy, Rows x, Rows h, const Clients& clients,
+                       bool accumulate, void* dx, float* dA, float* dB, int threads);
 
 }  // namespace federa

@@ -1,17 +1,22 @@
 #include "cpu/truncated_svd.h"
 
 #include <algorithm>
+#include <atomic>
+#include <chrono>
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
 #include <limits>
 #include <memory>
 #include <string>
+#include <thread>
 #include <vector>
 
 #include "cpu/features.h"
 #include "cpu/parallel.h"
+#include "cpu/scratch.h"
 #include "cpu/symmetric_band.h"
+#include "cpu/truncated_svd_tiles.h"
 
 #if defined(__x86_64__) && defined(__GNUC__)
 #include <immintrin.h>
@@ -187,12 +192,40 @@ double energy_bound(const double* theta, const double* coupling, double followin
     return captured > 0 ? lost / captured : 0;
 }
 
+// Set by the calling thread, which alone may ask, and seen by all.
+class Interruption {
+public:
+    explicit Interruption(const std::function<bool()>& ask) : ask(ask) {}
+
+    bool now() {
+        if (std::this_thread::get_id() == caller && !stopped) {
+            const auto time = Clock::now();
+            if (time - asked > std::chrono::milliseconds(50)) asked = time, stopped = ask();
+        }
+        return stopped;
+    }
+
+private:
+    using Clock = std::chrono::steady_clock;
+    const std::function<bool()>& ask;
+    const std::thread::id caller = std::this_thread::get_id();
+    Clock::time_point asked = Clock::now();
+    std::atomic<bool> stopped{false};
+};
+
 class Lanczos {
 public:
-    explicit Lanczos(SvdTask& task)
-        : task(task), b(task.block), rank(task.rank), wide(padded(rank, 4)),
-          basis(task.columns + 2 * wide + b, task.K), image(std::max(b, wide), task.K), V(wide, task.K),
-          theta(rank), coupling(rank) {}
+    // memory: for the Gram matrix, kept from one matrix to the next
+    Lanczos(SvdTask& task, Interruption& interruption, Scratch& memory)
+        : task(task), interruption(interruption), b(task.block), rank(task.rank), wide(padded(rank, 4)),
+          length(task.gram ? std::min(task.N, task.K) : task.K), basis(rank + task.columns + b, length),
+          image(std::max(b, wide), task.K), V(wide, task.K), theta(rank), coupling(rank) {
+        if (!task.gram) return;
+        const bool turned = task.N < task.K;
+        G_stride = padded(length, 32) + PAD;
+        G = memory.take<float>(padded(length, 32) * G_stride);
+        gram_by_tiles(task.A, std::max(task.N, task.K), length, turned ? 1 : task.lda, turned ? task.lda : 1, G, G_stride);
+    }
 
     void solve() {
         task.matvecs = 0;
@@ -202,31 +235,35 @@ public:
             const std::vector<double> before = theta;
             const double after = following;
             // What was found stays in front of the basis, and the next run is orthogonal to it.
-            for (long i = 0; i < rank; ++i) std::memcpy(basis[i], V[i], V.stride * sizeof(float));
+            for (long i = 0; i < rank; ++i) std::memcpy(basis[i], V[i], length * sizeof(float));
             if (!run(rank, 1, 1)) return;
             if (theta[0] > before.back() * (1 + 1e-9)) return;  // rare: the slower paths sort it out
             theta = before;
             following = std::max(after, std::min(theta.back(), theta_found));
-            for (long i = 0; i < rank; ++i) std::memcpy(V[i], basis[i], V.stride * sizeof(float));
+            for (long i = 0; i < rank; ++i) std::memcpy(V[i], basis[i], length * sizeof(float));
         }
+        if (task.gram && task.N < task.K) other_side();
         finish();
     }
 
 private:
     SvdTask& task;
-    const long b, rank, wide;
+    Interruption& interruption;
+    const long b, rank, wide, length;  // of the vectors that are iterated on
     Rows basis, image, V;
+    float* G = nullptr;  // A^T A, or A A^T on the shorter side
+    long G_stride = 0;
     std::vector<double> theta, coupling, R, again, H, T, values, vectors;
     std::vector<Rotation> rotations;
     std::vector<float> dots;
     double following = 0, theta_found = 0;
 
-    // rows (b) -= basis^T basis rows over the first `known` rows of the basis
-    void remove(float* rows, long known) {
-        if (!known) return;
+    // rows (b) -= basis^T basis rows over the rows of the basis in [first, known); their products are left in `dots`
+    void remove(float* rows, long first, long known) {
+        if (first == known) return;
         std::memcpy(image.data, rows, b * basis.stride * sizeof(float));
-        products().fused(basis.data, known, task.K, basis.stride, image.data, image.stride, rows, basis.stride, b, -1,
-                         dots.data());
+        products().fused(basis[first], known - first, length, basis.stride, image.data, basis.stride, rows,
+                         basis.stride, b, -1, dots.data());
     }
 
     // The block after `known` rows: orthonormal, orthogonal to them; B (b, b) couples it to the block before.
@@ -237,9 +274,9 @@ private:
             for (long i = 0; i < b; ++i)
                 if (B[i * b + i] == 0) {
                     std::memset(rows + i * basis.stride, 0, basis.stride * sizeof(float));
-                    for (long k = 0; k < task.K; ++k) rows[i * basis.stride + k] = uniform(seed, k * b + i);
+                    for (long k = 0; k < length; ++k) rows[i * basis.stride + k] = uniform(seed, k * b + i);
                 }
-            remove(rows, known);
+            remove(rows, 0, known);
             orthonormalise(rows, basis.stride, b, again);
             std::vector<double> product(b * b, 0.0);
             bool sound = true;
@@ -256,31 +293,32 @@ private:
     // One run orthogonal to the first `locked` rows of the basis, until the first `wanted` values have converged, each
     // as far as its share of the goal asks; whether they have.
     bool run(long locked, std::uint64_t seed, long wanted) {
-        const long room = std::min<long>(task.columns, task.K - locked - b) / b * b;
+        const long room = std::min<long>(task.columns, length - locked - b) / b * b;
         if (room < rank + 4 * b) return false;
         std::vector<double> B;
         basis.zero(locked, b);
         for (long i = 0; i < b; ++i)
-            for (long k = 0; k < task.K; ++k) basis[locked + i][k] = uniform(seed, k * b + i);
+            for (long k = 0; k < length; ++k) basis[locked + i][k] = uniform(seed, k * b + i);
         next_block(locked, seed, B);
         H.assign(room * 2 * b, 0.0);
         dots.resize((locked + room + b) * b);
-        long have = 0, checked = 0, check = std::min(room, padded(5 * wanted / 2 + 32, b));
+        long have = 0, checked = 0, check = std::min(room, padded(5 * wanted / 2 + 6 * b + 8, b));
         const double goal = task.goal * rank / wanted;
         double before = 1;
-        while (true) {
+        while (!interruption.now()) {
             float* Q = basis[locked + have];
             have += b;
             const long known = locked + have;
             basis.zero(known, b);
-            products().fused(task.A, task.N, task.K, task.lda, Q, basis.stride, basis[known], basis.stride, b, 1,
-                             nullptr);
+            apply(Q, basis[known]);
             task.matvecs += 2 * b;
-            remove(basis[known], known);
+            // Of what is known only the last two blocks have a part in this one; next_block removes the rounding.
+            const long first = std::max(locked, known - 2 * b);
+            remove(basis[known], first, known);
             for (long i = 0; i < b; ++i)  // the diagonal block of the projected matrix
                 for (long j = 0; j <= i; ++j) {
-                    const double value = 0.5 * (static_cast<double>(dots[(known - b + i) * b + j]) +
-                                                dots[(known - b + j) * b + i]);
+                    const double value = 0.5 * (static_cast<double>(dots[(known - b - first + i) * b + j]) +
+                                                dots[(known - b - first + j) * b + i]);
                     below(have - b + i, have - b + j) = value;
                 }
             next_block(known, seed + have, B);
@@ -300,6 +338,19 @@ private:
             check = std::min(room, have + b * std::max(1L, static_cast<long>(std::min(steps, 8.0))));
             checked = have, before = bound;
         }
+        return false;
+    }
+
+    // Y (b rows) += A^T A X
+    void apply(const float* X, float* Y) const {
+        if (!G) {
+            products().fused(task.A, task.N, task.K, task.lda, X, basis.stride, Y, basis.stride, b, 1, nullptr);
+            return;
+        }
+        std::vector<float> times(length * b);
+        for (long k = 0; k < length; ++k)
+            for (long i = 0; i < b; ++i) times[k * b + i] = X[i * basis.stride + k];
+        products().combine(G, length, length, G_stride, times.data(), b, Y, basis.stride);
     }
 
     // H[row, column] of the projected matrix, a band of width b, column <= row < column + 2 b
@@ -332,7 +383,7 @@ private:
         for (long i = 0; i < have; ++i)
             for (long r = 0; r < rank; ++r) times[i * wide + r] = static_cast<float>(vectors[i * rank + r]);
         V.zero(0, wide);
-        products().combine(basis[locked], have, task.K, basis.stride, times.data(), wide, V.data, V.stride);
+        products().combine(basis[locked], have, length, basis.stride, times.data(), wide, V.data, V.stride);
     }
 
     // Whether b Ritz values in a row nearly agree: there may be more of them than a block can see. Of values that differ
@@ -357,11 +408,22 @@ private:
                 for (long i = 0; i < rank; ++i) turned[i * wide + r] *= -1, scaled[i * wide + r] *= -1;
     }
 
+    // V <- A^T V, of left singular vectors the right ones
+    void other_side() {
+        std::vector<float> times(task.N * wide, 0.0f);
+        for (long n = 0; n < task.N; ++n)
+            for (long r = 0; r < rank; ++r) times[n * wide + r] = V[r][n];
+        V.zero(0, wide);
+        products().combine(task.A, task.N, task.K, task.lda, times.data(), wide, V.data, V.stride);
+        task.matvecs += rank;
+    }
+
     // U, S, V of A on the span of V, and the residuals: one more reading of A, for A V and A^T A V.
     void finish() {
         const long N = task.N, K = task.K;
         orthonormalise(V.data, V.stride, rank, again);
         std::vector<float> W(N * wide);
+        Rows sides(2 * wide, K);
         image.zero(0, wide);
         products().fused(task.A, N, K, task.lda, V.data, V.stride, image.data, image.stride, wide, 1, W.data());
         task.matvecs += 2 * rank;
@@ -385,12 +447,12 @@ private:
         }
         choose_signs(W, turn, scaled);
         task.right = products().turn(W.data(), N, rank, wide, scaled.data(), turn.data(), task.S, task.U);
-        // basis <- V Z and A^T A V Z / s = A^T U
-        basis.zero(0, 2 * wide);
-        products().combine(V.data, rank, K, V.stride, turn.data(), wide, basis.data, basis.stride);
-        products().combine(image.data, rank, K, image.stride, scaled.data(), wide, basis[wide], basis.stride);
+        // V Z and A^T A V Z / s = A^T U
+        sides.zero(0, 2 * wide);
+        products().combine(V.data, rank, K, V.stride, turn.data(), wide, sides.data, sides.stride);
+        products().combine(image.data, rank, K, image.stride, scaled.data(), wide, sides[wide], sides.stride);
         for (long r = 0; r < rank; ++r) {
-            const float *v = basis[r], *atu = basis[wide + r];
+            const float *v = sides[r], *atu = sides[wide + r];
             double sum = 0;
             for (long k = 0; k < K; ++k) {
                 const double rest = static_cast<double>(atu[k]) - static_cast<double>(task.S[r]) * v[k];
@@ -407,12 +469,20 @@ private:
 
 }  // namespace
 
-void truncated_svd(SvdTask* tasks, long count, int threads) {
+bool truncated_svd(SvdTask* tasks, long count, int threads, const std::function<bool()>& interrupted) {
 #if defined(__GNUC__)
-    parallel_for(count, threads, [&](long index) { Lanczos(tasks[index]).solve(); });
+    Interruption interruption(interrupted);
+    std::atomic<long> next{0};
+    parallel_for(std::min<long>(threads, count), threads, [&](long) {
+        Scratch memory;
+        for (long task = next++; task < count && !interruption.now(); task = next++)
+            Lanczos(tasks[task], interruption, memory).solve();
+    });
+    return !interruption.now();
 #else
     for (long index = 0; index < count; ++index) tasks[index].status = SvdStatus::not_converged;
-    (void)threads;
+    (void)threads, (void)interrupted;
+    return true;
 #endif
 }
 

@@ -1,6 +1,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 
 namespace federa {
 
@@ -13,6 +14,7 @@ struct SvdTask {
     std::int64_t rank, block;    // block: columns of the Krylov blocks, a multiple of 4
     std::int64_t columns;        // at most so many in the basis
     double goal;                 // of the bound on the loss
+    bool gram;                   // iterate on A^T A, or A A^T where that is smaller, by gram_by_tiles
     // Out: U (N, rank), S (rank), Vh (rank, K), contiguous; of each column of U the entry largest in
     // magnitude, the first among equals, is positive. After `ill_conditioned` only Vh is filled, with an orthonormal
     // basis of what leads.
@@ -27,6 +29,9 @@ struct SvdTask {
 // Block Lanczos on A^T A, each matrix on one thread, so that its bits do not depend on the others nor on `threads`.
 // The stopping rule, the start and the search for missed multiple values are those of krylov.py. The products read A
 // from memory once for A^T (A X) and use AVX-512 or AVX2 where the processor has them.
-void truncated_svd(SvdTask* tasks, long count, int threads);
+//
+// `interrupted` is asked by the calling thread, between blocks, 20 times a second at most: if it says yes all threads
+// stop, tasks are left as they are, and the result is false.
+bool truncated_svd(SvdTask* tasks, long count, int threads, const std::function<bool()>& interrupted);
 
 }  // namespace federa

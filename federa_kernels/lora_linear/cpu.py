@@ -84,10 +84,30 @@ def pack(weight: Tensor, transposed: bool) -> Tensor:
     C, kind = kernels(), KINDS[weight.dtype]
     columns, depth = weight.shape[::-1] if transposed else weight.shape
     column_stride, depth_stride = weight.stride()[::-1] if transposed else weight.stride()
-    packed = torch.empty(C.packed_bytes(kind, columns, depth), dtype=torch.uint8)
+    packed = weight.new_empty(C.packed_bytes(kind, columns, depth), dtype=torch.uint8)
     threads = torch.get_num_threads()
     C.pack(weight.data_ptr(), kind, columns, column_stride, depth, depth_stride, packed.data_ptr(), threads)
     return packed
+
+
+def unpack(packed: Tensor, like: Tensor, engine: str) -> Tensor:
+    """The weight, of the shape and dtype of `like`, from its panels for x W^T of an engine."""
+    (N, K), dtype = like.shape, like.dtype
+    if engine == "amx":
+        planes = 3 if dtype == torch.float32 else 1
+        # [panel][step][plane][half][pair (k, k + 16)][column][which of the two]
+        tiles = packed.view(torch.bfloat16).view(-(-N // 32), -(-K // 32), planes, 2, 16, 16, 2)
+        parts = tiles.permute(2, 0, 3, 5, 1, 6, 4).flatten(1, 3).flatten(2)[:, :N, :K].to(dtype)
+        if planes == 1:
+            return parts[0].contiguous()
+        rest = parts[1] + parts[2]
+        return torch.where(rest == 0, parts[0], parts[0] + rest)  # -0.0 + 0.0 would be 0.0
+    lanes = 16 if engine == "avx512" else 8
+    width, stretch = -(-N // lanes) * lanes, -(-K // -(-K // 384))
+    depths = [min(stretch, K - k) for k in range(0, K, stretch)]
+    stretches = packed.view(dtype).split([depth * width for depth in depths])
+    panels = [one.view(-1, depth, lanes) for one, depth in zip(stretches, depths, strict=True)]
+    return torch.cat([one.transpose(1, 2).reshape(width, -1)[:N] for one in panels], dim=1)
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -98,36 +118,45 @@ def _projection(packed, weight, columns, down, up, scaling, out, h, bias=None) -
     """down (R,depth) or (C,R,depth), up (columns,R) or (C,columns,R), bias (columns,) or (C,columns), all float32."""
     per_client = down.dim() == 3
     return (
-        *(0 if packed is None else packed.data_ptr(), KINDS[weight.dtype]),
+        *(packed.data_ptr(), KINDS[weight.dtype]),
         *(columns, down.shape[-2], scaling, down.data_ptr(), up.data_ptr()),
         *(down.stride() if per_client else (0, *down.stride())),
         *(up.stride() if per_client else (0, *up.stride())),
         *(0 if bias is None else bias.data_ptr(), columns if bias is not None and bias.dim() == 2 else 0),
-        *(0 if out is None else out.data_ptr(), h.data_ptr(), h.stride(0)),
+        *(out.data_ptr(), h.data_ptr(), h.stride(0)),
     )
 
 
-def _run(x: Tensor, projections: list[tuple], clients: Clients | None, accumulate: bool = False) -> None:
-    pointers, count = ((), 1) if clients is None else (tuple(t.data_ptr() for t in clients), clients[0].shape[0] - 1)
+def _run(x: Tensor, projections: list[tuple], clients: Clients | None) -> None:
     kernels().low_rank_linear(
         *(x.data_ptr(), KINDS[x.dtype], *x.shape, x.stride(0), projections),
-        *(pointers, count, accumulate, torch.get_num_threads()),
+        *(*_pointers(clients), torch.get_num_threads()),
     )
 
 
-def _gradient(
-    h: Tensor, x: Tensor, scaling: float, gradient: Tensor, transposed: bool, clients: Clients | None
-) -> Tensor:
-    """gradient (.., R,K) = s h^T x, or its transpose (.., K,R), for all rows or for each client's."""
-    pointers, count = ((), 1) if clients is None else (tuple(t.data_ptr() for t in clients), clients[0].shape[0] - 1)
-    *client_stride, first, second = gradient.stride()
-    strides = (second, first) if transposed else (first, second)
-    kernels().low_rank_gradient(
-        *(h.data_ptr(), h.stride(0), h.shape[1], x.data_ptr(), KINDS[x.dtype], *x.shape, x.stride(0)),
-        *(pointers, count, scaling),
-        *(gradient.data_ptr(), *(client_stride or (0,)), *strides, torch.get_num_threads()),
+def _pointers(clients: Clients | None) -> tuple[tuple[int, ...], int]:
+    return ((), 1) if clients is None else (tuple(t.data_ptr() for t in clients), clients[0].shape[0] - 1)
+
+
+def _gradients(dy, x, h, weight, packed, lora_A, lora_B, scaling, dx, need_A, need_B, clients=None, accumulate=False):
+    """Writes or adds to dx, where there is one, and returns dA and dB, float32, or None."""
+    A, B, (M, N), R = lora_A.float(), lora_B.float(), dy.shape, lora_A.shape[-2]
+    dA = A.new_empty(A.shape) if need_A else None
+    dB = B.new_empty(B.shape) if need_B else None
+    one = (0,) if A.dim() == 2 else ()  # the stride from client to client
+    kernels().low_rank_backward(
+        (
+            *(0 if dx is None else packed.data_ptr(), KINDS[weight.dtype], N, weight.shape[1], R, scaling),
+            *(A.data_ptr(), *one, *A.stride(), B.data_ptr(), *one, *B.stride()),
+        ),
+        *(KINDS[dy.dtype], M, dy.data_ptr(), dy.stride(0)),
+        *((x.data_ptr(), x.stride(0)) if need_A else (0, 0)),
+        *((h.data_ptr(), h.stride(0)) if need_B else (0, 0)),
+        *(*_pointers(clients), accumulate),
+        *(0 if t is None else t.data_ptr() for t in (dx, dA, dB)),
+        torch.get_num_threads(),
     )
-    return gradient
+    return dA, dB
 
 
 def _forward(x, weight, packed, lora_A, lora_B, bias, scaling, clients):
@@ -141,18 +170,11 @@ def _forward(x, weight, packed, lora_A, lora_B, bias, scaling, clients):
 
 def _backward(dy, x, h, weight, packed, lora_A, lora_B, bias, scaling, needs, clients):
     need_x, _, need_A, need_B, need_bias = needs
-    (M, _), K, R = dy.shape, weight.shape[1], lora_A.shape[-2]
-    dx = dy.new_empty((M, K)) if need_x else None
+    dx = dy.new_empty((dy.shape[0], weight.shape[1])) if need_x else None
     dA = dB = db = None
-    dy, x = _rows(dy), None if x is None else _rows(x)
-    if need_x or need_A:
-        dh = dy.new_empty((M, R))
-        down, up = lora_B.float().mT, lora_A.float().mT
-        _run(dy, [_projection(packed if need_x else None, weight, K, down, up, scaling, dx, dh)], clients)
-    if need_A:
-        dA = _gradient(dh, x, scaling, torch.empty(lora_A.shape), False, clients)
-    if need_B:
-        dB = _gradient(h, dy, scaling, torch.empty(lora_B.shape), True, clients)
+    if need_x or need_A or need_B:
+        rows, x = _rows(dy), _rows(x) if need_A else None
+        dA, dB = _gradients(rows, x, h, weight, packed, lora_A, lora_B, scaling, dx, need_A, need_B, clients)
     if need_bias and bias.dim() == 2:
         db = torch.stack([dy[start:stop].float().sum(0) for start, stop in pairwise(clients[0].tolist())])
     elif need_bias:
@@ -212,19 +234,15 @@ def shared_forward(x, weights, packed, lora_As, lora_Bs, biases, scalings) -> tu
 
 def shared_backward(dys, x, h, weights, packed, lora_As, lora_Bs, scalings, needs) -> list[Tensor | None]:
     """As `reference.shared_backward`: each projection's share is added to dx where it lies."""
-    need_x, M, K, columns = needs[0], dys[0].shape[0], weights[0].shape[1], rank_columns(lora_As)
-    dx = dys[0].new_empty(M, K) if need_x else None
-    dh = dys[0].new_empty(M, columns[-1].stop)
+    need_x, columns = needs[0], rank_columns(lora_As)
+    dx = dys[0].new_empty(dys[0].shape[0], weights[0].shape[1]) if need_x else None
     grads: list[Tensor | None] = [dx]
-    x = None if x is None else _rows(x)
     every = zip(dys, weights, packed, lora_As, lora_Bs, scalings, columns, strict=True)
     for p, (dy, weight, form, A, B, s, own) in enumerate(every):
         _, need_A, need_B, need_bias = needs[1 + 4 * p : 5 + 4 * p]
-        dy, down, up = _rows(dy), B.float().mT, A.float().mT
-        if need_x or need_A:
-            projection = _projection(form if need_x else None, weight, K, down, up, s, dx, dh[:, own])
-            _run(dy, [projection], None, accumulate=need_x and p > 0)
-        dA = _gradient(dh[:, own], x, s, torch.empty(A.shape), False, None) if need_A else None
-        dB = _gradient(h[:, own], dy, s, torch.empty(B.shape), True, None) if need_B else None
+        dA = dB = None
+        if need_x or need_A or need_B:
+            rows, own_x, own_h = _rows(dy), _rows(x) if need_A else None, h[:, own] if need_B else None
+            dA, dB = _gradients(rows, own_x, own_h, weight, form, A, B, s, dx, need_A, need_B, None, p > 0)
         grads += [None, dA, dB, dy.sum(0, dtype=torch.float32) if need_bias else None]
     return grads

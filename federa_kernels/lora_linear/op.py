@@ -42,30 +42,30 @@ for name, schema in {
 
 
 @functools.cache
-def triton_kernels() -> ModuleType | None:
-    """The Triton path, or None where triton is not installed."""
+def launchers() -> ModuleType | None:
+    """Of the Triton kernels, or None where triton is not installed."""
     try:
-        from . import triton_kernels
+        from . import launch
     except ImportError:
         return None
-    return triton_kernels
+    return launch
 
 
 def path_of(rows: Tensor, packed: Sequence[Tensor | None], ranks: Sequence[int], needs_weight: bool = False) -> str:
     """Which implementation takes these rows (x or dy): "triton", "cpu" or "reference"."""
     if needs_weight:
         return "reference"
-    if rows.device.type == "cuda":
-        kernels = triton_kernels()
+    if rows.is_cuda:
+        kernels = launchers()
         return "triton" if kernels and all(kernels.takes(rows, rank) for rank in ranks) else "reference"
-    ready = rows.device.type == "cpu" and all(form is not None for form in packed)
+    ready = rows.is_cpu and all(form is not None for form in packed)
     return "cpu" if ready and cpu.takes(rows, ranks) else "reference"
 
 
 def path_for(weight: Tensor, rank: int, rows: torch.dtype) -> str:
     """In words, which implementation takes rows of this dtype and a frozen weight where it is, and why."""
     if weight.device.type == "cuda":
-        kernels = triton_kernels()
+        kernels = launchers()
         if kernels is None:
             return "PyTorch: triton is not installed"
         taken = kernels.takes(weight.new_empty(0, dtype=rows), rank)
@@ -81,7 +81,7 @@ def _cast(dtype: torch.dtype, tensors: Sequence[Tensor | None]) -> list[Tensor |
 
 
 def _grads(needed: Sequence[Tensor | None], owners: Sequence[Tensor | None]) -> list[Tensor]:
-    return [d.to(t.dtype) for d, t in zip(needed, owners, strict=True) if d is not None]
+    return [d if d.dtype == t.dtype else d.to(t.dtype) for d, t in zip(needed, owners, strict=True) if d is not None]
 
 
 def _fwd(x, weight, packed, lora_A, lora_B, bias, scaling):
@@ -89,7 +89,7 @@ def _fwd(x, weight, packed, lora_A, lora_B, bias, scaling):
     if path == "cpu":
         return cpu.forward(x, weight, packed, lora_A, lora_B, bias, scaling)
     if path == "triton":
-        return triton_kernels().launch_lora_linear_fwd(x, weight, lora_A, lora_B, bias, scaling)
+        return launchers().launch_lora_linear_fwd(x, weight, lora_A, lora_B, bias, scaling)
     with torch.autocast(x.device.type, enabled=False):
         return reference.forward(x, *_cast(x.dtype, (weight, lora_A, lora_B, bias)), scaling)
 
@@ -99,7 +99,7 @@ def _bwd(dy, x, h, weight, packed, lora_A, lora_B, bias, scaling, needs):
     if path == "cpu":
         grads = cpu.backward(dy, x, h, weight, packed, lora_A, lora_B, bias, scaling, needs)
     elif path == "triton":
-        grads = triton_kernels().launch_lora_linear_bwd(dy, x, h, weight, lora_A, lora_B, scaling, needs)
+        grads = launchers().launch_lora_linear_bwd(dy, x, h, weight, lora_A, lora_B, scaling, needs)
     else:
         with torch.autocast(dy.device.type, enabled=False):
             grads = reference.backward(dy, x, h, *_cast(dy.dtype, (weight, lora_A, lora_B)), scaling, needs)
@@ -116,7 +116,7 @@ def _clients_fwd(x, weight, packed, lora_A, lora_B, bias, offsets, scalings, ran
     if path == "cpu":
         return cpu.clients_forward(x, weight, packed, lora_A, lora_B, bias, *segments)
     if path == "triton":
-        return triton_kernels().launch_lora_linear_clients_fwd(x, weight, lora_A, lora_B, bias, *segments)
+        return launchers().launch_lora_linear_clients_fwd(x, weight, lora_A, lora_B, bias, *segments)
     with torch.autocast(x.device.type, enabled=False):
         return reference.clients_forward(x, *_cast(x.dtype, (weight, lora_A, lora_B, bias)), *_ranked(segments, lora_A))
 
@@ -128,7 +128,7 @@ def _clients_bwd(dy, x, h, weight, packed, lora_A, lora_B, bias, offsets, scalin
     if path == "cpu":
         grads = cpu.clients_backward(dy, x, h, weight, packed, lora_A, lora_B, bias, *segments, needs)
     elif path == "triton":
-        launch = triton_kernels().launch_lora_linear_clients_bwd
+        launch = launchers().launch_lora_linear_clients_bwd
         grads = launch(dy, x, h, weight, lora_A, lora_B, bias, *segments, needs)
     else:
         with torch.autocast(dy.device.type, enabled=False):
@@ -147,7 +147,7 @@ def _shared_fwd(x, weights, packed, lora_As, lora_Bs, biases, scalings):
     if path == "cpu":
         ys, h = cpu.shared_forward(x, weights, packed, lora_As, lora_Bs, biases, scalings)
     elif path == "triton":
-        ys, h = triton_kernels().launch_lora_linear_shared_fwd(x, weights, lora_As, lora_Bs, biases, scalings)
+        ys, h = launchers().launch_lora_linear_shared_fwd(x, weights, lora_As, lora_Bs, biases, scalings)
     else:
         with torch.autocast(x.device.type, enabled=False):
             lists = [_cast(x.dtype, tensors) for tensors in (weights, lora_As, lora_Bs, biases)]
@@ -162,7 +162,7 @@ def _shared_bwd(dys, x, h, weights, packed, lora_As, lora_Bs, biases, scalings, 
     if path == "cpu":
         grads = cpu.shared_backward(dys, x, h, weights, packed, lora_As, lora_Bs, scalings, needs)
     elif path == "triton":
-        launch = triton_kernels().launch_lora_linear_shared_bwd
+        launch = launchers().launch_lora_linear_shared_bwd
         grads = launch(dys, x, h, weights, lora_As, lora_Bs, scalings, needs)
     else:
         with torch.autocast(dys[0].device.type, enabled=False):
@@ -249,11 +249,13 @@ class _LoraLinear(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
-        needs = [ctx.needs_input_grad[i] for i in (0, 1, 4, 5, 6)]
+        asked = ctx.needs_input_grad
+        needs = [asked[i] for i in (0, 1, 4, 5, 6)]
         rows = _rows(dy)
         found = iter((_bwd_op if _watched(rows) else _bwd)(rows, *ctx.saved_tensors, ctx.scaling, needs))
         dx, dW, dA, dB, db = (next(found) if need else None for need in needs)
-        return None if dx is None else dx.view(*dy.shape[:-1], dx.shape[-1]), dW, None, None, dA, dB, db, None
+        dx = dx if dx is None or rows is dy else dx.view(*dy.shape[:-1], dx.shape[-1])
+        return dx, dW, None, None, dA, dB, db, None
 
 
 class _LoraLinearClients(torch.autograd.Function):
@@ -269,7 +271,8 @@ class _LoraLinearClients(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
-        needs = [ctx.needs_input_grad[i] for i in (0, 1, 4, 5, 6)]
+        asked = ctx.needs_input_grad
+        needs = [asked[i] for i in (0, 1, 4, 5, 6)]
         found = iter(torch.ops.federa.lora_linear_clients_bwd(dy, *ctx.saved_tensors, needs))
         dx, dW, dA, dB, db = (next(found) if need else None for need in needs)
         return dx, dW, None, None, dA, dB, db, None, None, None
@@ -319,7 +322,20 @@ def _compute_dtype(x: Tensor) -> torch.dtype:
 def _unfrozen(weight: "Tensor | FrozenWeight") -> tuple[Tensor, "FrozenWeight | None"]:
     if isinstance(weight, Tensor):
         return weight, None
-    return weight.weight.detach() if weight.weight.requires_grad else weight.weight, weight
+    operand = weight.operand
+    return operand.detach() if operand.requires_grad else operand, weight
+
+
+def _packed(
+    frozen: "FrozenWeight | None", weight: Tensor, x: Tensor, backward: bool, rank: int
+) -> tuple[Tensor, tuple[Tensor | None, Tensor | None]]:
+    """The weight and its packed forms; a weight that was released is unpacked for a path that reads it."""
+    if frozen is None:
+        return weight, (None, None)
+    forms = frozen.forms(x.dtype, backward)
+    if frozen.release_canonical and path_of(x, forms[:1], (rank,)) != "cpu":
+        weight = frozen.weight.detach()
+    return weight, forms
 
 
 def _trains(*tensors: Tensor | None) -> bool:
@@ -355,8 +371,14 @@ def lora_linear(
     check("lora_linear", x, weight, lora_A, lora_B, bias)
     dtype = _compute_dtype(x)
     x = x if dtype == x.dtype else x.to(dtype)
-    trains = _trains(x, weight, lora_A, lora_B, bias)
-    forms = frozen.forms(x.dtype, trains and x.requires_grad) if frozen else (None, None)
+    trains = torch.is_grad_enabled() and (
+        x.requires_grad
+        or lora_A.requires_grad
+        or lora_B.requires_grad
+        or weight.requires_grad
+        or (bias is not None and bias.requires_grad)
+    )
+    weight, forms = _packed(frozen, weight, x, trains and x.requires_grad, lora_A.shape[0])
     if trains:
         return _LoraLinear.apply(x, weight, *forms, lora_A, lora_B, bias, scaling)
     y, _ = _fwd_op(_rows(x), weight, forms[0], lora_A, lora_B, bias, scaling)
@@ -389,7 +411,7 @@ def lora_linear_clients(
     check_clients(x, weight, lora_A, lora_B, segments, bias)
     x = x.to(_compute_dtype(x))
     trains = _trains(x, weight, lora_A, lora_B, bias)
-    forms = frozen.forms(x.dtype, trains and x.requires_grad) if frozen else (None, None)
+    weight, forms = _packed(frozen, weight, x, trains and x.requires_grad, lora_A.shape[1])
     on_device = (segments.offsets, segments.scalings, segments.ranks)
     if trains:
         return _LoraLinearClients.apply(x, weight, *forms, lora_A, lora_B, bias, *on_device)
@@ -421,8 +443,13 @@ def lora_linear_shared(x: Tensor, projections: Sequence[Projection]) -> list[Ten
     x = x.to(_compute_dtype(x))
     weights = [weight for weight, _ in pairs]
     trains = _trains(x, *weights, *As, *Bs, *biases)
-    forms = [f.forms(x.dtype, trains and x.requires_grad) if f else (None, None) for _, f in pairs]
-    forward_forms, backward_forms = map(list, zip(*forms, strict=True))
+    # All of them take one path.
+    most = max(A.shape[0] for A in As)
+    packed = [_packed(f, W, x, trains and x.requires_grad, most) for W, f in pairs]
+    if any(forms[0] is None for _, forms in packed):
+        packed = [(f.weight.detach() if f else W, forms) for (W, forms), (_, f) in zip(packed, pairs, strict=True)]
+    weights = [weight for weight, _ in packed]
+    forward_forms, backward_forms = map(list, zip(*(forms for _, forms in packed), strict=True))
     if trains:
         flat = (*weights, *forward_forms, *backward_forms, *As, *Bs, *biases)
         return list(_LoraLinearShared.apply(tuple(scalings), x, *flat))

@@ -21,6 +21,14 @@ def block_of(rank: int) -> int:
     return 4 if rank < 24 else 8 if rank < 64 else 16
 
 
+def by_gram(N: int, K: int) -> bool:
+    """Whether to iterate on the smaller Gram matrix: where tile units (AMX) make it in the time of 8 products with A.
+
+    3072x768: 3 of the 11 ms that 25 products take. A square one would save half of that and cost the same.
+    """
+    return max(N, K) >= 2 * min(N, K) and 64 <= min(N, K) <= 1536 and load_extension().has_tiles()
+
+
 class Found(NamedTuple):
     """`following`: the Ritz value of A^T A after the R-th. Signs are canonical."""
 
@@ -49,7 +57,7 @@ def krylov(matrices: Sequence[tuple[Tensor, float]], rank: int, goal: float) -> 
         left = torch.empty(rank, dtype=torch.float64)
         outputs.append((U, S, Vh, left))
         addresses = (tensor.data_ptr() for tensor in outputs[-1])
-        tasks.append((A.data_ptr(), N, K, A.stride(0), rank, block, columns, goal, *addresses))
+        tasks.append((A.data_ptr(), N, K, A.stride(0), rank, block, columns, goal, by_gram(N, K), *addresses))
     results = module.truncated_svd(tasks, torch.get_num_threads())
     return [_found(*each) for each in zip(matrices, outputs, results, strict=True)]
 

@@ -11,7 +11,7 @@ from . import exact, krylov
 from .op import TruncatedSVD, full_precision
 
 OVERSAMPLING = 8
-STEPS = 3  # blocks before unrelated clients are given up on: each costs as much as a tenth of the Gram core
+MORE_STEPS = 6  # at most, by the pace so far, or clients count as unrelated: each costs a tenth of the Gram core
 
 Pairs = Sequence[tuple[Tensor, Tensor]]
 
@@ -30,11 +30,6 @@ class Stacked:
     @property
     def mT(self) -> "Stacked":
         return Stacked(self.right.mT, self.left.mT)
-
-    def operator(self) -> krylov.Operator:
-        return krylov.Operator(
-            lambda X: (self.mT @ (self @ X[0]))[None], 1, self.shape[1], self.dtype, self.left.device
-        )
 
 
 class Separate:
@@ -57,9 +52,6 @@ class Separate:
     @property
     def mT(self) -> "Separate":
         return Separate([A.mT for A in self.rights], [B.mT for B in self.lefts], self.weights)
-
-    def operator(self) -> krylov.Operator:
-        return krylov.Operator(lambda X: (self.mT @ (self @ X[0]))[None], 1, self.shape[1], self.dtype, self.device)
 
 
 def _check(pairs: Pairs, weights: Sequence[float] | Tensor, rank: int) -> None:
@@ -133,18 +125,38 @@ def _finish(M: Stacked | Separate, V: Tensor, following: float, tol: float) -> t
     return found, exact.loss_bound(found, following) <= tol
 
 
-def _by_krylov(M: Separate, rank: int, tol: float, warm_start: Tensor | None) -> tuple[exact.Triplets | None, int]:
-    """None in the place of triplets that are not certified; and the products spent."""
+def _by_iteration(M: Separate, rank: int, tol: float, warm_start: Tensor | None) -> tuple[exact.Triplets | None, int]:
+    """Subspace iteration, certified at every step; None in the place of triplets that are not, and the products spent.
+
+    The block Krylov space of a second block holds more, but related clients leave so wide a gap after R that the next
+    power alone is enough, and its certificate comes with it: 32 clients 30 % apart take 5 products instead of 7.
+    """
     if (start := _start(M, rank, warm_start)) is None:
         return None, 0
-    block, columns = start.shape[-1], STEPS * start.shape[-1]
-    space = krylov.leading_subspace(
-        M.operator(), rank, krylov.energy_bound, 0.5 * tol, columns, start=start, patience=block, falls=1e9
-    )
-    if not bool(space.converged):
-        return None, int(space.matvecs)
-    found, certified = _finish(M, space.V[0], float(space.following), tol)
-    return found if certified else None, int(space.matvecs) + 2 * rank
+    nothing, block, spent, before = start[..., :0], start.shape[-1], start.shape[-1], 0.0
+    while True:
+        Q = krylov._next_block(start, nothing, spent)[0][0]
+        W = (M @ Q).double()
+        theta, rotation = torch.linalg.eigh(W.mT @ W)
+        theta, rotation = theta.flip(0).clamp(min=0), rotation.flip(1)
+        spent += 2 * block
+        if not theta[rank - 1] > 1e-6 * theta[0]:  # M Q is too far from orthogonal columns for its Gram matrix
+            return None, spent
+        S = theta.clamp(min=1e-12 * float(theta[0])).sqrt()
+        W = W @ rotation
+        U, V = (W / S).to(M.dtype), Q @ rotation.to(M.dtype)
+        Y = M.mT @ U
+        S, lead = S.to(M.dtype), slice(0, rank)
+        left = torch.linalg.vector_norm((Y - V * S)[:, lead].double(), dim=0)
+        right = torch.linalg.vector_norm((W - U.double() * S)[:, lead])
+        found = exact.Triplets(U[:, lead].contiguous(), S[lead], V[:, lead].mT.contiguous(), left,
+                               torch.maximum(right, torch.linalg.vector_norm(left)))  # fmt: skip
+        lost = exact.loss_bound(found, float(theta[rank]) if rank < block else 0.0)
+        if lost <= 0.5 * tol:
+            return found, spent
+        if (before and lost * (lost / before) ** MORE_STEPS > tol) or not math.isfinite(lost):
+            return None, spent
+        start, before = Y[None], lost
 
 
 def _by_gram_core(M: Stacked, rank: int, tol: float) -> exact.Triplets | None:
@@ -203,7 +215,7 @@ def factored_svd(
     warm_start  last round's result, or its Vh (R',K): a block to start from
     tol         the energy that may be lost, as for `truncated_svd`
 
-    Implicit block Krylov with a measured stop; where clients have too little in common for it, the eigenvectors of the
+    Subspace iteration with a measured stop; where clients have too little in common for it, the eigenvectors of the
     Gram core, and where its certificate fails QR of both factors in float64. `residual` is measured and relative to
     what was captured, sqrt(s_1^2 + ... + s_R^2). Peak memory: `svd_memory_needed`.
     Raises ValueError for shapes, devices, the rank and entries that are not finite, TypeError for dtypes.
@@ -217,7 +229,7 @@ def factored_svd(
         warm = warm_start.Vh if isinstance(warm_start, TruncatedSVD) else warm_start
         if warm is not None and N < K:  # the factors of a wide M swap sides: its left vectors are iterated on
             warm = warm_start.U.mT if isinstance(warm_start, TruncatedSVD) else (M @ warm.mT.to(M.lefts[0])).mT
-        found, matvecs = _by_krylov(M if N >= K else M.mT, rank, tol, warm)
+        found, matvecs = _by_iteration(M if N >= K else M.mT, rank, tol, warm)
     if found is None:
         stacked, scale = _stack(M, pairs)
         tall = stacked if N >= K else stacked.mT
@@ -238,13 +250,13 @@ def svd_memory_needed(
     """Bytes that `factored_svd` allocates at its peak, at most, beside its factors in `dtype`.
 
     dtype  float32, or float64 where a factor has it; factors stored in 16 bits are copied to it, which is not counted
-    upto   krylov  related clients
-           gram    unrelated clients too
-           qr      the last resort too, which float64 and rounding need at times
+    upto   iteration  related clients
+           gram       unrelated clients too
+           qr         the last resort too, which float64 and rounding need at times
     """
     size, inner, block = dtype.itemsize, sum(ranks), rank + OVERSAMPLING
     small, large = sorted((N, K))
-    needed = (STEPS + 1) * block * small * size + block * (large + small) * (2 * size + 16) + 24 * small * block
+    needed = block * (large + small) * (3 * size + 24)
     if upto in ("gram", "qr"):
         stacked = 2 * size * (N + K) * inner
         core = inner * inner * (3 * 8 + 4 * size) + rank * (N + K) * (8 + size)
@@ -252,6 +264,6 @@ def svd_memory_needed(
         if upto == "qr":
             wide = max(inner, rank)
             needed = max(needed, stacked + 8 * (3 * (N + K) * wide + 6 * wide * wide))
-    elif upto != "krylov":
-        raise ValueError(failure("svd_memory_needed", "upto", "be one of krylov, gram, qr", repr(upto)))
+    elif upto != "iteration":
+        raise ValueError(failure("svd_memory_needed", "upto", "be one of iteration, gram, qr", repr(upto)))
     return needed

@@ -1,5 +1,6 @@
 """Records on disk: what replaces what, and the checkout they name."""
 
+import json
 from types import SimpleNamespace
 
 import pytest
@@ -26,6 +27,19 @@ def test_a_newer_record_takes_the_place_of_an_older_one(tmp_path, monkeypatch):
     ]
     assert len(records.read(records.path_of("toy", "cuda"))) == 1
     assert sorted(path.name for path in (tmp_path / "results").iterdir()) == ["toy-cpu.jsonl", "toy-cuda.jsonl"]
+
+
+def test_an_environment_is_written_once_a_run_and_read_back_with_every_record(tmp_path, monkeypatch):
+    monkeypatch.setattr(records, "RESULTS", tmp_path)
+    one, other = [record(name) for name in "abc"], [record(name, threads=2) for name in "ab"]
+    inline = "".join(json.dumps(each) + "\n" for each in one)  # as files were written once
+    records.path_of("toy", "cpu").write_text(inline)
+    records.save(other)
+    text = records.path_of("toy", "cpu").read_text()
+    assert text.count('"environment"') == 2
+    assert records.read(records.path_of("toy", "cpu")) == [*one, *other]
+    records.save(one)
+    assert records.path_of("toy", "cpu").read_text() == text
 
 
 def test_a_number_that_is_none_never_reaches_a_file(tmp_path, monkeypatch):

@@ -28,6 +28,8 @@ LAYOUTS = ["contiguous", "contiguous", "transposed", "swapped", "every other", "
 layouts = st.sampled_from(LAYOUTS)
 # Of x and dy, not both expanded: a sum of equal products has an error that grows with its length, not its root.
 x_and_dy = st.tuples(layouts, layouts).filter(lambda both: not set(both) <= set(EXPANDED))
+# Of weight, lora_A, lora_B and bias; A and B not both expanded: h B^T would be such a sum.
+of_layer = st.tuples(*[layouts] * 4).filter(lambda each: not set(each[1:3]) <= set(EXPANDED))
 
 
 def laid(tensor: torch.Tensor, layout: str) -> torch.Tensor:

@@ -4,6 +4,7 @@ import copy
 import io
 import pickle
 import shutil
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -13,7 +14,14 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.library import opcheck
 
-from federa_kernels import FrozenWeight, Segments, lora_linear, lora_linear_clients, lora_linear_shared
+from federa_kernels import (
+    FrozenWeight,
+    Segments,
+    load_extension,
+    lora_linear,
+    lora_linear_clients,
+    lora_linear_shared,
+)
 from federa_kernels.lora_linear import cpu
 
 from . import against_float64 as cases
@@ -402,3 +410,92 @@ def test_a_compiled_call_sees_a_weight_that_was_written_to():
         want = results(FrozenWeight(frozen.weight.clone()), tensors, dy)
         for a, b in zip(got, want, strict=True):
             torch.testing.assert_close(a, b)
+
+
+def bits(weight):
+    return weight.contiguous().view(torch.int32 if weight.dtype == torch.float32 else torch.int16)
+
+
+def assert_released(frozen, weight, dtype=torch.float32):
+    assert frozen.released == cpu.packs(dtype, weight)
+    assert frozen.weight.dtype == weight.dtype and torch.equal(bits(frozen.weight), bits(weight))
+
+
+@pytest.mark.parametrize("fan_in_fan_out", [False, True], ids=["N-K", "K-N"])
+@pytest.mark.parametrize("shape", [(65, 96), (1, 1), (31, 33), (48, 769)], ids=str)
+@pytest.mark.parametrize(("rows", "dtype"), KINDS.values(), ids=KINDS)
+def test_a_released_weight_is_gone_and_comes_back_to_the_bit(rows, dtype, shape, fan_in_fan_out):
+    tensors, dy = make(N=shape[0], K=shape[1], rows=rows, weight=dtype)
+    weight = tensors[1]
+    weight.view(-1)[::7] = -0.0
+    want = results(FrozenWeight(weight.clone()), tensors, dy)
+    given = (weight.t() if fan_in_fan_out else weight).clone(memory_format=torch.contiguous_format)
+    alive = weakref.ref(given)
+    frozen = FrozenWeight(given, fan_in_fan_out=fan_in_fan_out, release_canonical=True)
+    del given
+    for _ in range(2):
+        got = results(frozen, tensors, dy)
+        assert all(a is b is None or torch.equal(a, b) for a, b in zip(got, want, strict=True))
+        assert_released(frozen, weight, rows)
+    assert (alive() is None) == frozen.released
+    for twin in (copy.deepcopy(frozen), pickle.loads(pickle.dumps(frozen))):
+        assert twin.release_canonical and twin.packed_bytes() == 0 and torch.equal(bits(twin.weight), bits(weight))
+        assert torch.equal(results(twin, tensors, dy)[0], want[0])
+    frozen.drop()
+    assert not frozen.released and frozen.packed_bytes() == 0 and torch.equal(bits(frozen.weight), bits(weight))
+
+
+@pytest.mark.parametrize("value", [torch.inf, 1e-39, 3.4e38], ids=str)
+def test_a_weight_that_cannot_be_unpacked_stays(value):
+    tensors, dy = make()
+    tensors[1][3, 4] = value
+    frozen = FrozenWeight(tensors[1].clone(), release_canonical=True)
+    results(frozen, tensors, dy)
+    assert torch.equal(bits(frozen.weight), bits(tensors[1]))
+    if cpu.engine() == "amx":
+        assert not frozen.released
+
+
+def test_a_released_weight_serves_what_has_no_kernel():
+    """Ranks, dtypes and engines that take the reference, and clients and shared inputs that do not."""
+    tensors, dy = make()
+    x, weight, lora_A, lora_B, bias = tensors
+    frozen = FrozenWeight(weight.clone(), release_canonical=True)
+    results(frozen, tensors, dy)
+    plain = FrozenWeight(weight.clone())
+    many = [x, weight, torch.randn(130, 96), torch.randn(65, 130), bias]
+    doubles = [t if t is weight else t.double() for t in tensors]
+    for case, grad in ((many, dy), (doubles, dy.double()), ([x[:0], *tensors[1:]], dy[:0])):
+        for a, b in zip(results(frozen, case, grad), results(plain, case, grad), strict=True):
+            assert a is b is None or torch.equal(a, b)
+        assert_released(frozen, weight)
+    segments = Segments.from_sizes([30, 7])
+    clients = [lora_linear_clients(x, f, lora_A[None].repeat(2, 1, 1), lora_B[None].repeat(2, 1, 1), segments, bias)
+               for f in (frozen, plain)]  # fmt: skip
+    assert torch.equal(*clients)
+    for other in (plain, weight):
+        both = [lora_linear_shared(x, [(f, lora_A, lora_B, 0.5, bias), (other, lora_A, lora_B, 1.0, None)])
+                for f in (frozen, plain)]  # fmt: skip
+        assert all(map(torch.equal, *both))
+    before = cpu.engine()
+    try:
+        for name in [*(load_extension().engines() if load_extension() else []), "none"]:
+            cpu.use_engine(name)
+            assert torch.equal(bits(frozen.weight), bits(weight))
+            same = zip(results(frozen, tensors, dy), results(plain, tensors, dy), strict=True)
+            assert all(a is b is None or torch.equal(a, b) for a, b in same)
+            assert_released(frozen, weight)
+    finally:
+        if load_extension():
+            cpu.use_engine(before)
+
+
+def test_threads_that_release_one_weight_at_once():
+    tensors, dy = make()
+    want = results(FrozenWeight(tensors[1].clone()), tensors, dy)
+    with ThreadPoolExecutor(8) as pool:
+        for _ in range(10):
+            frozen = FrozenWeight(tensors[1].clone(), release_canonical=True)
+            for got in pool.map(lambda _, frozen=frozen: (results(frozen, tensors, dy), frozen.weight), range(16)):
+                assert torch.equal(got[0][0], want[0]) and torch.equal(got[0][1], want[1])
+                assert torch.equal(bits(got[1]), bits(tensors[1]))

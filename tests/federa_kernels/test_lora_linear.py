@@ -88,7 +88,7 @@ ANYTHING = {
     "sizes": st.tuples(cases.rows, cases.widths, cases.widths, cases.ranks),
     "leading": st.sampled_from(["M", "M", "M", "M1", "2M", "M12", "none"]),
     "rows": cases.x_and_dy,
-    "layouts": st.tuples(*[cases.layouts] * 4),
+    "layouts": cases.of_layer,
     "dtype": cases.dtypes,
     "half": st.tuples(st.booleans(), st.booleans()),
     "weight": cases.weights,

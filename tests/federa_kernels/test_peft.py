@@ -380,9 +380,47 @@ def quantised():
     return model
 
 
-def gpt2():
-    model = transformers.GPT2Model(transformers.GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=64))
-    return peft.get_peft_model(model, peft.LoraConfig(target_modules=["c_attn"], fan_in_fan_out=True))
+def gpt2(trainable_base=False, **options):
+    """Its linear layers are Conv1D: weights (K,N)."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        sizes = {"n_embd": 32, "n_layer": 2, "n_head": 2, "vocab_size": 64, "pad_token_id": 0, "num_labels": 3}
+        dropouts = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
+        model = transformers.GPT2ForSequenceClassification(transformers.GPT2Config(**sizes, **dropouts))
+        options = {"r": 4, "lora_alpha": 6, "task_type": "SEQ_CLS", "fan_in_fan_out": True} | options
+        model = peft.get_peft_model(model, peft.LoraConfig(target_modules=["c_attn", "c_proj", "c_fc"], **options))
+        moved(model)
+    for layer in lora_layers(model):
+        layer.base_layer.weight.requires_grad_(trainable_base)
+    return model
+
+
+@pytest.mark.parametrize("trainable_base", [False, True], ids=["frozen", "trainable"])
+@pytest.mark.parametrize("p", [0.0, 0.3], ids=["plain", "dropout"])
+def test_conv1d_bases_give_peft_s_losses_and_gradients(trainable_base, p, paths):
+    theirs, ours = (gpt2(trainable_base, lora_dropout=p) for _ in range(2))
+    exact, report = gpt2(trainable_base, lora_dropout=p).double(), accelerate_peft(ours)
+    assert sorted(report.accelerated.values()) == [(32, 32), (32, 32), (32, 128), (32, 128), (96, 32), (96, 32),
+                                                   (128, 32), (128, 32)]  # fmt: skip
+    assert_as_good(results(ours), results(theirs), results(exact), torch.finfo(torch.float32).eps)
+    assert "lora_linear" in paths
+
+
+def test_a_conv1d_base_merges_saves_and_moves_as_in_peft(tmp_path):
+    theirs, ours = gpt2(), gpt2()
+    accelerate_peft(ours)
+    before = results(ours)
+    assert all(torch.equal(a, b) for a, b in zip(ours.state_dict().values(), theirs.state_dict().values(), strict=True))
+    ours.merge_adapter()
+    torch.testing.assert_close(results(ours)["loss"], before["loss"])
+    ours.unmerge_adapter()
+    torch.testing.assert_close(results(ours)["loss"], before["loss"])
+    twin = copy.deepcopy(ours)
+    half = results(ours.bfloat16().float())  # in other memory, and rounded
+    for a, b in zip(half.values(), results(theirs.bfloat16().float()).values(), strict=True):
+        torch.testing.assert_close(a, b)
+    assert torch.equal(results(pickle.loads(pickle.dumps(twin)))["loss"], results(twin)["loss"])
+    assert restore_peft(ours) == 8 and not any(hasattr(layer, "_frozen") for layer in lora_layers(ours))
 
 
 REFUSED = {
@@ -393,8 +431,7 @@ REFUSED = {
         r"ALora in \S+key, \S+key",
     ),
     "quantised": (quantised, r"a Linear4bit base in \S+layer\.0\S+query"),
-    "conv1d": (gpt2, r"a Conv1D base in \S+c_attn"),
-    "not-peft": (lambda: nn.Linear(2, 2), "no LoRA on nn.Linear"),
+    "not-peft": (lambda: nn.Linear(2, 2), "no such LoRA"),
 }
 
 
@@ -403,7 +440,7 @@ def test_refuses_by_name_before_changing_anything(kind):
     build, message = REFUSED[kind]
     model = build()
     kinds = [type(module) for module in model.modules()]
-    expectation = "model must have LoRA on nn.Linear, and none that lora_linear does not compute"
+    expectation = "model must have LoRA on nn.Linear or Conv1D, and none that lora_linear does not compute"
     with pytest.raises(ValueError, match=f"^accelerate_peft: {expectation}, got {message}$"):
         accelerate_peft(model)
     assert [type(module) for module in model.modules()] == kinds

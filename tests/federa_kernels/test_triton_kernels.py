@@ -18,7 +18,7 @@ from . import against_float64 as cases
 from .against_float64 import DTYPES, Draw, assert_as_good_as_torch, run
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # torch's own products, where `poisoned` is on, ask for it
-kernels = op.triton_kernels()
+kernels = op.launchers()
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SCALING = 0.75
 PARTED = Tiles(Tile(16, 16, 16, 4, 2), Tile(16, 0, 16, 4, 2), Tile(16, 16, 0, 4, 2), 2, True, 32, False)

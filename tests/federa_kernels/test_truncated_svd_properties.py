@@ -93,7 +93,7 @@ def test_mixed_lists_give_the_bits_of_each_alone(several, rank):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(("N", "K"), [(300, 200), (150, 260)])
+@pytest.mark.parametrize(("N", "K"), [(300, 200), (150, 260), (330, 129), (70, 300)])  # long ones by their Gram matrix
 def test_krylov_on_larger_matrices(N, K, kind):
     for seed in range(3):
         A = matrix_of(kind, N, K, seed / 3, seed).float()
@@ -139,6 +139,20 @@ def test_a_product_that_does_not_depend_on_the_method():
         products.append((U * S) @ Vh)
     for product in products:
         assert torch.linalg.matrix_norm(product - products[0]) <= 1e-4 * torch.linalg.matrix_norm(product)
+
+
+@st.composite
+def long_cases(draw):
+    short, times = draw(st.integers(64, 200)), draw(st.integers(2, 5))
+    N, K = draw(st.permutations((short, short * times + draw(st.integers(0, 40)))))
+    A = matrix_of(draw(st.sampled_from(KINDS)), N, K, draw(st.floats(0, 1)), draw(st.integers(0, 2**31)))
+    return (A * 10.0 ** draw(st.integers(-30, 30))).float(), draw(st.integers(1, short // 5)), "krylov"
+
+
+test_any_long_matrix = settings(max_examples=100, deadline=None)(given(long_cases())(check))
+test_many_long_matrices = pytest.mark.exhaustive(
+    settings(max_examples=5_000, deadline=None)(given(long_cases())(check))
+)
 
 
 @pytest.mark.skipif(not cpu.available(), reason="the compiled module is not built")
