@@ -2,6 +2,7 @@
 
 import ctypes
 import gc
+import math
 import random
 import re
 import time
@@ -24,6 +25,10 @@ def percentiles(times: Sequence[float]) -> tuple[float, float, float]:
     """p20, p50 and p80, to four digits."""
     p20, p50, p80 = (float(f"{value:.4g}") for value in np.percentile(times, (20, 50, 80)))
     return p20, p50, p80
+
+
+def geometric_mean(ratios: Sequence[float]) -> float:
+    return math.exp(sum(map(math.log, ratios)) / len(ratios))
 
 
 def _with_total(times: Sequence[float]) -> list[float]:

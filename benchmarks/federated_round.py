@@ -40,7 +40,7 @@ CASES = {  # tokens, batch, clients
     "cpu": ((256, 16, 4), (128, 16, 8), (128, 4, 32)),
     "cuda": ((128, 16, 32),),
 }
-SAMPLES = 64  # of a turn of those who train clients one after another
+SAMPLES = 32  # of a turn of those who train clients one after another
 COHORTS = (2, 4, 8, 16, 32)
 TARGETS = ["query", "value"]
 ROUNDS = (3, 9)

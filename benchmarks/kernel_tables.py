@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.targets import geometric_mean
+from benchmarks.clock import geometric_mean
 
 Row = Mapping[str, Any]
 COLUMNS = {  # provider -> heading

@@ -15,6 +15,7 @@ from typing import Any
 
 from benchmarks import records as store
 from benchmarks.kernel_tables import clients_figure, clients_table, kernel_figure, kernel_table
+from benchmarks.round_tables import round_table
 from benchmarks.svd_tables import svd_figure, svd_table
 
 ROOT = Path(__file__).parent.parent
@@ -74,7 +75,8 @@ def every_table() -> dict[str, str]:
         for device in ("cpu", "cuda")
     }
     svd = {f"truncated_svd-{device}": svd_table(read("truncated_svd", device)) for device in ("cpu", "cuda")}
-    return runs | kernels | clients | svd
+    rounds = {f"federated_round-{device}": round_table(read("federated_round", device)) for device in ("cpu", "cuda")}
+    return runs | kernels | clients | svd | rounds
 
 
 def read(subject: str, device: str) -> list[dict[str, Any]]:

@@ -10,6 +10,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from benchmarks import records as store
+from benchmarks.clock import geometric_mean
+from benchmarks.round_tables import round_verdicts
 
 Row = Mapping[str, Any]
 
@@ -113,10 +115,6 @@ def speed_verdicts(goal: Speed, rows: Sequence[Row]) -> list[tuple[bool | None, 
     return found
 
 
-def geometric_mean(ratios: Sequence[float]) -> float:
-    return math.exp(sum(map(math.log, ratios)) / len(ratios))
-
-
 def name_of(row: Row) -> str:
     sizes = row["sizes"]
     return f"{row['group']} {sizes['K']}x{sizes['N']} M={sizes['M']}"
@@ -162,6 +160,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     found += [
         verdict for goal in SPEEDS for verdict in speed_verdicts(goal, store.read(store.path_of(goal.subject, "cpu")))
     ]
+    found += round_verdicts(store.read(store.path_of("federated_round", "cpu")))
     print(*(line for _, line in found), sep="\n")
     return 1 if any(met is False for met, _ in found) else 0
 

@@ -49,7 +49,8 @@ def save_checkpoint(folder: RunFolder, state: State, digest: str, keep: int = 2)
     """Writes checkpoints/round-NNNNN atomically; keeps the newest `keep` and the best round's."""
     path = folder.checkpoints / f"round-{state.round:05d}"
     temporary = free_folder(path)
-    groups = {"global": state.tensors, "server": state.server, "base": state.base, "previous": state.previous}
+    previous = {name: tensor.clone() for name, tensor in state.previous.items()}  # shared where a round changed nothing
+    groups = {"global": state.tensors, "server": state.server, "base": state.base, "previous": previous}
     groups |= {f"client-{client}": tensors for client, tensors in state.variates.items()}
     content = save({f"{group}/{name}": t.cpu().contiguous() for group, ts in groups.items() for name, t in ts.items()})
     (temporary / "state.safetensors").write_bytes(content)

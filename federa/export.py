@@ -203,7 +203,7 @@ def _save_model(experiment: Experiment, plain: Mapping[str, nn.Module], path: Pa
         parent, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(parent), leaf, module)
     path.mkdir(parents=True, exist_ok=True)
-    _write_bottlenecks(model, path)
+    _write_bottlenecks(experiment, path)
     if isinstance(model, MeanPoolingClassifier):
         model.backbone.save_pretrained(path)
         _save_tensors(dict(model.classifier.named_parameters()), path / "head.safetensors")
@@ -214,13 +214,14 @@ def _save_model(experiment: Experiment, plain: Mapping[str, nn.Module], path: Pa
     experiment.task.prepare(load_tokenizer(experiment.source)).save_pretrained(path)
 
 
-def _write_bottlenecks(model: nn.Module, path: Path) -> None:
+def _write_bottlenecks(experiment: Experiment, path: Path) -> None:
     """A model with bottlenecks is no class of transformers: its code goes along, and its configuration points at it."""
+    model = experiment.learner.model
     saved = model.backbone if isinstance(model, MeanPoolingClassifier) else model
     found = {name: module for name, module in saved.named_modules() if isinstance(module, Bottleneck)}
     if not found:
         return
-    kind = "AutoModel" if saved is not model else "AutoModelForSequenceClassification"
+    kind = "AutoModel" if saved is not model else experiment.task.auto_class
     name, source = type(saved).__name__, inspect.getsource(Bottleneck)
     code = _WITH_BOTTLENECKS.format(name=name, module=type(saved).__module__, bottleneck=source)
     (path / "modeling_federa.py").write_text(code, encoding="utf-8")

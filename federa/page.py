@@ -45,6 +45,7 @@ td:last-child:not(.n) { white-space: normal; min-width: 14rem }
 .bar b { position: relative; font-weight: inherit }
 .strong .bar i { background: var(--accent); opacity: .45 }
 .figures { display: flex; flex-wrap: wrap; gap: 1rem 2rem }
+.scroll + .figures { margin-top: 1.2rem }
 figure { margin: 0; max-width: 100%; overflow-x: auto }
 img { display: block; max-width: 100%; height: auto }
 .wide img { max-width: max(100%, 40rem) }

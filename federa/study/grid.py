@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from federa import strict_yaml
+from federa.baselines import misfit
 from federa.config import Config, Count, Positive, Section, anchored, load_config, read_values
 from federa.errors import InputError
 
@@ -255,6 +256,14 @@ def load_study(source: str | Path | Mapping[str, Any], overrides: Sequence[str] 
         raise InputError(f"study: {message.removeprefix('Value error, ')}") from None
     for cell in study.possible_cells():
         study.run_config(cell)
+    for kind in study.kinds:
+        config = study.run_config(study.grid(kind, study.points(kind)[0])[0])
+        for name, _ in study.baselines(kind):
+            if (problem := misfit(name, config)) is not None:
+                raise InputError(
+                    f"datasets.{kind.dataset}.baselines: {name} {problem} and cannot serve task.name "
+                    f"{config.task.name}; leave it out"
+                )
     return study
 
 

@@ -190,7 +190,7 @@ def _scores(results: Results) -> str:
         "client: the mean over seeds of the lowest score on a client's own share of the test set. Yardsticks stand "
         "once for a data set, with the first method and seed. pooled: one site with all the data. local: every client "
         "alone, each on its own share of the test set, which is the easier the fewer labels it has: not what the "
-        "others are scored on."
+        "others are scored on. An interval tells how much seeds differ, not how few test examples there are."
     )
     return "".join(parts) + f'<p class="note">{note}</p>'
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import numpy as np
@@ -161,8 +161,7 @@ def _evaluating(model: Any) -> Iterator[None]:
 
 def text_features(model: Any, texts: Texts, tokenizer: Any, config: DataConfig, batch_size: int, device) -> np.ndarray:
     """`mean_features` of each row as one text, whatever the task makes of it: k-means clusters these."""
-    plain = replace(texts, fields={})
-    return mean_features(model, tokenise(plain, tokenizer, config.max_length, config.cache), batch_size, device)
+    return mean_features(model, tokenise(texts, tokenizer, config.max_length, config.cache), batch_size, device)
 
 
 def mean_features(model: Any, examples: Examples, batch_size: int, device: torch.device) -> np.ndarray:

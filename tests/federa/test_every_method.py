@@ -19,7 +19,7 @@ from federa.experiment import build
 from federa.export import adapter_problem, export
 from federa.folder import RunFolder
 from federa.methods import adapted_layers, make_trainable
-from federa.models import is_head, load_classifier, resolve_model
+from federa.models import is_head, load_model, resolve_model
 from federa.rounds import run_rounds
 
 PAGE = Path(__file__).parents[2] / "docs" / "methods.md"
@@ -174,7 +174,7 @@ def test_every_method_starts_as_the_pretrained_model(name, family, tiny_models):
     config = ModelConfig(name=str(tiny_models(family)))
     batch = {"input_ids": torch.tensor([[7, 80, 300, 41], [9, 10, 0, 0]])}
     batch["attention_mask"] = (batch["input_ids"] > 0).long()
-    model = load_classifier(config, resolve_model(config), ["a", "b"], 0, 0)
+    model = load_model(config, resolve_model(config), ["a", "b"], 0, 0)
     before = logits(model, batch)
     learner = make_trainable(model, MethodConfig(name=name, rank=4, alpha=8.0), 0, torch.device("cpu"))
     assert (logits(learner.model, batch) - before).norm() <= 1e-5 * before.norm()

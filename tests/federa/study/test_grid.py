@@ -3,6 +3,7 @@ import pytest
 from federa import InputError
 from federa.study.grid import Kind, load_study
 
+TAGGING = {"task": {"name": "token-classification"}, "partition": {"scheme": "iid"}, "baselines": ["linear-probe"]}
 POINTS = [(("client.lr", 0.003),), (("client.lr", 0.01),)]
 
 
@@ -90,6 +91,10 @@ def test_the_highest_mean_validation_score_is_chosen(tiny_study):
         ({"methods": {"m": {"method": {"rank": 0}}}}, "method.rank must be greater than or equal to 1, got 0"),
         ({"datasets": {"a": {"data": {"validation": 0.0}}}}, "data.validation must be above 0 in a study, got 0"),
         ({"sweeps": {}}, "sweeps: "),
+        (
+            {"datasets": {"a": TAGGING}},
+            "datasets.a.baselines: linear-probe predicts one label an example and cannot serve",
+        ),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

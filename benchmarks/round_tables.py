@@ -1,0 +1,104 @@
+"""Records of federated_round -> the README's table and the goals for whole rounds."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from benchmarks.kernel_tables import NOT_YET
+from benchmarks.svd_tables import newest
+
+Row = Mapping[str, Any]
+HEADS = {
+    "peft": "transformers and PEFT's LoRA, clients in turn, batches at random",
+    "peft bf16": "the same, autocast bf16, batches of like length",
+    "plain": "FeDeRA in plain PyTorch",
+    "alone": "federa, clients in turn",
+    "cohort": "federa, the best cohort",
+    "alone bf16": "federa in turn, bf16 residual",
+    "cohort bf16": "federa, cohort, bf16 residual",
+    "alone bf16 all": "federa in turn, bf16 residual and activations",
+    "cohort bf16 all": "federa, cohort, bf16 residual and activations",
+    "floor": "frozen encoder alone, forward and back to its inputs",
+}
+
+
+class Goal(NamedTuple):
+    """The best of `ours` over `other`, in samples a second."""
+
+    name: str
+    ours: tuple[str, ...]
+    other: str
+    must: float
+    aim: float
+    batch: int = 16
+
+
+FP32, BF16 = ("alone", "cohort"), ("alone bf16", "cohort bf16", "alone bf16 all", "cohort bf16 all")
+GOALS = (
+    Goal("a round on the CPU, fp32, against PEFT", FP32, "peft", 2.5, 3.2),
+    Goal("a round on the CPU, bf16 residual, against PEFT", BF16, "peft", 4.0, 6.0),
+    Goal("a round on the CPU, our best against PEFT's best", FP32 + BF16, "peft bf16", 1.25, 1.7),
+    Goal("a cohort on the CPU against clients alone, 4 a batch", ("cohort",), "alone", 1.15, 1.4, batch=4),
+)
+
+
+def kind_of(provider: str) -> str:
+    """ "cohort 8 bf16" -> "cohort bf16"."""
+    return " ".join(word for word in provider.split() if not word.isdigit())
+
+
+def cases(records: Sequence[Row]) -> dict[tuple[int, int, int], dict[str, Row]]:
+    """(batch, tokens, clients) -> the fastest record of each kind, of the machine and threads measured last."""
+    found: dict[tuple[int, int, int], dict[str, Row]] = {}
+    for row in newest(records):
+        if row["samples_per_second"] is not None:
+            here = found.setdefault((row["sizes"]["B"], row["sizes"]["T"], row["sizes"]["C"]), {})
+            kind = kind_of(row["provider"])
+            if kind not in here or row["samples_per_second"] > here[kind]["samples_per_second"]:
+                here[kind] = row
+    return dict(sorted(found.items(), reverse=True))
+
+
+def round_table(records: Sequence[Row]) -> str:
+    """Samples a second and, in brackets, how many times PEFT's."""
+    found = cases(records)
+    if not found:
+        return NOT_YET
+    heads = [f"{batch} a batch, up to {tokens} tokens" for batch, tokens, _ in found]
+    lines = ["| samples/s (times PEFT's) | " + " | ".join(heads) + " |", "|---|" + "---:|" * len(heads)]
+    for kind, label in HEADS.items():
+        rows = [here.get(kind) for here in found.values()]
+        if any(rows):
+            lines.append(f"| {label} | " + " | ".join(map(_cell, rows)) + " |")
+    environment = max((row["environment"] for row in newest(records)), key=lambda facts: facts["utc"])
+    facts = (
+        f"all-MiniLM-L6-v2 on 20 Newsgroups, rank 8 on query and value, one local step a client, on "
+        f"{environment['threads']} CPU threads: {environment['device']}; torch {environment['versions']['torch']}, "
+        f"peft {environment['versions'].get('peft', 'absent')}. Medians of rounds taken in turns. "
+        f"Commit {environment['commit']}, {environment['utc'][:10]}."
+    )
+    return "\n".join(lines) + f"\n\n{facts}\n"
+
+
+def _cell(row: Row | None) -> str:
+    if row is None:
+        return ""
+    size = [word for word in row["provider"].split() if word.isdigit()]
+    return f"{row['samples_per_second']:.1f} ({row['ratio']:.2f}{'; of ' + size[0] if size else ''})"
+
+
+def round_verdicts(records: Sequence[Row]) -> list[tuple[bool | None, str]]:
+    """Each goal in each case of its batch size: whether it is met (None: not measured) and a line."""
+    verdicts: list[tuple[bool | None, str]] = []
+    for goal in GOALS:
+        here = {case: rows for case, rows in cases(records).items() if case[0] == goal.batch and goal.other in rows}
+        if not here:
+            verdicts.append((None, f"unknown  {goal.name}: not measured"))
+        for (batch, tokens, _), rows in here.items():
+            best = max((rows[kind] for kind in goal.ours if kind in rows), key=lambda row: row["samples_per_second"])
+            ratio = best["samples_per_second"] / rows[goal.other]["samples_per_second"]
+            met = ratio >= goal.must
+            line = (
+                f"{goal.name}, {batch} x {tokens}: {ratio:.2f} (must {goal.must}, aim {goal.aim}): {best['provider']}"
+            )
+            verdicts.append((met, f"{'PASS' if met else 'FAIL'}     {line}"))
+    return verdicts
