@@ -71,25 +71,29 @@ class Experiment:
         return digest.hexdigest()
 
 
-def build(config: Config, broadcast: Broadcast | None = None, device: str | None = None) -> Experiment:
+def build(
+    config: Config, broadcast: Broadcast | None = None, device: str | None = None, at_site: bool = False
+) -> Experiment:
     """Loads data and model, tokenises, partitions and attaches adapters. Raises InputError for anything unusable.
 
     With a `broadcast` (a resumed run, a remote site) its factors are attached and checked instead of computed;
-    `device` (of a resumed run) takes the place of model.device.
+    `device` (of a resumed run) takes the place of model.device. With partition.scheme sites all texts are for choosing,
+    except `at_site`, where all are for training.
     """
     if config.run.threads is not None:
         torch.set_num_threads(config.run.threads)
     device = pick_device(device or config.model.device)
     task = make_task(config.task)
-    corpus = load_corpus(config.data, config.seed, task)
+    corpus = load_corpus(config.data, config.seed, task, at_site)
     source = resolve_model(config.model)
     tokenizer = task.prepare(load_tokenizer(source))
     examples = task.examples(corpus.train, tokenizer, config.data)
     test = task.examples(corpus.test, tokenizer, config.data)
     labels = corpus.train.labels
     chosen, held_out = validation_split(len(labels), config.data.validation, labels, config.seed)
-    if config.partition.scheme == "sites":  # the server's own texts are for choosing; training is the sites' matter
-        chosen, held_out = np.arange(0), np.arange(len(labels))
+    if config.partition.scheme == "sites":
+        everything, nothing = np.arange(len(labels)), np.arange(0)
+        chosen, held_out = (everything, nothing) if at_site else (nothing, everything)
     train = examples.take(examples.of_rows(chosen))
     pad_id = tokenizer.pad_token_id
     model = load_model(config.model, source, corpus.label_names, pad_id, config.seed, task.auto_class)

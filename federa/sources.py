@@ -27,8 +27,11 @@ STDLIB_DOCS = "stdlib-docs"
 _READERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
 
 
-def load_corpus(config: DataConfig, seed: int, task: Task = CLASSIFICATION) -> Corpus:
-    """The train and test rows of a source. A single file is split by a hash of the text, a fifth for test."""
+def load_corpus(config: DataConfig, seed: int, task: Task = CLASSIFICATION, at_site: bool = False) -> Corpus:
+    """The train and test rows of a source. A single file is split by a hash of the text, a fifth for test.
+
+    A real site may hold one label only.
+    """
     if config.path is not None:
         source, train, test, names = _read_path(config, task)
     elif config.name == STDLIB_DOCS:
@@ -42,7 +45,7 @@ def load_corpus(config: DataConfig, seed: int, task: Task = CLASSIFICATION) -> C
         source, train, test, names = _read_hub(config, task)
     train = _first_of_shuffle(train, config.max_train, seed, step=1)
     test = _first_of_shuffle(test, config.max_test, seed, step=2)
-    if task.unlabelled is None and len(np.unique(train.labels)) < 2:
+    if not at_site and task.unlabelled is None and len(np.unique(train.labels)) < 2:
         raise InputError(f"data.label must hold at least 2 distinct labels, got 1 in {len(train)} training examples")
     return Corpus(source, train, test, names, task.unlabelled)
 

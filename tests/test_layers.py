@@ -73,6 +73,10 @@ def test_only_op_files_touch_the_operator_registry():
     assert {file.name for file in users | importing(*registry)} <= {"op.py"}
 
 
+def test_only_runs_over_sites_know_flower():
+    assert {file.parent for file in importing("flwr")} == {Path("federa/flower")}
+
+
 def test_only_the_finder_imports_the_extension():
     assert importing("federa_kernels._C") == {Path("federa_kernels/_extension.py")}
 

@@ -7,7 +7,6 @@ import re
 import tempfile
 import time
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -122,22 +121,15 @@ def site_config(config: Config, settings: Mapping[str, Any]) -> Config:
 def _with_own_data(config: Config, broadcast: Broadcast, label_names: list[str]) -> Experiment:
     """The experiment of a site that holds one client's data: all of its training texts, in their order."""
     with tempfile.TemporaryDirectory() as view:
-        data: dict[str, Any] = {"validation": 0.0, "max_train": None, "max_test": None}
+        data: dict[str, Any] = {"max_train": None, "max_test": None}
         if config.data.path is not None:
             data["path"] = _labelled_view(Path(config.data.path).expanduser(), Path(view), label_names)
-        alone = changed(
-            config,
-            data=data,
-            partition={"scheme": "iid", "clients": 1},
-            server={"clients_per_round": None, "min_updates": 1},
-            evaluation={"per_client": False},
-        )
-        experiment = build(alone, broadcast)
+        experiment = build(changed(config, data=data), broadcast, at_site=True)
     if experiment.corpus.label_names != label_names:
         raise InputError(
             f"data.label: must have the server's labels {label_names}, got {experiment.corpus.label_names}"
         )
-    return replace(experiment, config=config)
+    return experiment
 
 
 def _labelled_view(path: Path, view: Path, label_names: list[str]) -> str:
@@ -154,7 +146,8 @@ def _labelled_view(path: Path, view: Path, label_names: list[str]) -> str:
     suffixes = train.name[train.name.index(".") :] if path.is_dir() else "".join(train.suffixes[-2:])
     for split in ("train", "test"):
         (view / f"{split}{suffixes}").symlink_to(train.resolve())
-    (view / "labels.json").write_text(json.dumps(label_names))
+    if label_names:
+        (view / "labels.json").write_text(json.dumps(label_names))
     return str(view)
 
 

@@ -221,7 +221,7 @@ def test_a_run_that_failed_goes_on_with_more_retries(config, tmp_path):
     with pytest.raises(RunError):
         simulation.resume(folder)
     with pytest.raises(
-        InputError, match=r"^--set: may change data.cache, server.min_updates, server.retries .*client.lr"
+        InputError, match=r"^--set: may change data.cache, server.min_updates, server.retries, sites.* of .*client.lr"
     ):
         simulation.resume(folder, overrides=["client.lr=1.0"])
     result = simulation.resume(folder, overrides=["server.retries=50"])

@@ -38,10 +38,12 @@ def pilot(tiny_config) -> Config:
 
 @pytest.fixture(scope="session")
 def site_data(tiny_data, tmp_path_factory) -> Path:
-    """The tiny data by author modulo 3: all/ with a column "site", and site-0/, site-1/, site-2/ with theirs alone."""
+    """The tiny data by label modulo 3: all/ with a column "site", and site-0/, site-1/, site-2/ with theirs alone; two
+    of them hold one label only, and none says what labels there are."""
     folder = tmp_path_factory.mktemp("site_data")
     rows = [json.loads(line) for line in (tiny_data / "train.jsonl").open()]
-    rows = [row | {"site": f"s{int(row['author'].split()[1]) % 3}"} for row in rows]
+    labels = sorted({row["label"] for row in rows})
+    rows = [row | {"site": f"s{labels.index(row['label']) % 3}"} for row in rows]
     test = [json.loads(line) | {"site": "s0"} for line in (tiny_data / "test.jsonl").open()]
 
     def write(file: Path, chosen) -> None:

@@ -37,7 +37,7 @@ def free_port() -> int:
 
 @pytest.fixture(scope="module")
 def texts(tmp_path_factory):
-    """240 docstrings: all/ with a column "site", site-I/ with one site's alone, server/ with 60 others."""
+    """120 docstrings: all/ with a column "site", site-I/ with one site's alone, server/ with 60 others."""
     train, test, names = stdlib_docs()
     rng = np.random.default_rng(0)
     folder = tmp_path_factory.mktemp("texts")
@@ -53,7 +53,7 @@ def texts(tmp_path_factory):
         (folder / place).mkdir(exist_ok=True)
         (folder / place / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in content))
 
-    ours, theirs = rows(train, 240), rows(test, 60)
+    ours, theirs = rows(train, 120), rows(test, 60)
     for place, content in (("all", ours), ("server", theirs)):
         write(place, "train", content)
         write(place, "test", theirs)

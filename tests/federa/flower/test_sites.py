@@ -7,12 +7,14 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import torch
 from flwr.app import Error, Message
 from safetensors.torch import load, load_file, save
 
-from federa import simulation
+from federa import privacy, simulation
+from federa import rounds as rounds_module
 from federa.aggregate import WeightedMean
 from federa.checkpoint import State
 from federa.client import train_client
@@ -24,7 +26,7 @@ from federa.flower.parcel import Parcel
 from federa.flower.site import Site, site_config
 from federa.flower.sites import Sites
 from federa.folder import RunFolder
-from federa.rounds import run_rounds
+from federa.rounds import run_rounds, train_in_turn
 
 from .grid import InProcessGrid
 
@@ -82,17 +84,18 @@ def begun(pilot):
 
 @pytest.fixture
 def rounds(begun, tmp_path):
-    """rounds(change, nodes, **sections) -> Outcome of the rounds alone over some nodes."""
+    """rounds(change, nodes, here, **sections) -> Outcome of the rounds alone, over some nodes or `here` in turn."""
 
-    def call(change: Callable = honest, nodes: int = 3, **sections) -> Outcome:
+    def call(change: Callable = honest, nodes: int = 3, here: bool = False, **sections) -> Outcome:
         first, start = begun
         experiment = replace(first, config=changed(first.config, **sections))
-        folder = RunFolder.create(tmp_path / "run", experiment.config)
+        folder = RunFolder.create(tmp_path / ("here" if here else "run"), experiment.config)
         experiment.learner.broadcast.save(folder.init_file)
         folder.write_json(folder.partition_file.name, {"data": experiment.data_digest()})
         grid = grid_of(experiment.config, nodes, change)
-        state = run_rounds(experiment, folder, State(0, dict(start)), lambda event, facts: None, Sites(grid, folder))
-        lines = [json.loads(line) for line in (folder.path / "sites.jsonl").open()]
+        train = train_in_turn if here else Sites(grid, folder)
+        state = run_rounds(experiment, folder, State(0, dict(start)), lambda event, facts: None, train)
+        lines = [] if here else [json.loads(line) for line in (folder.path / "sites.jsonl").open()]
         return Outcome(experiment, start, state, folder.metrics(), lines, grid)
 
     return call
@@ -143,7 +146,8 @@ class TestRounds:
         )
         simulated = simulation.run(natural, tmp_path / "simulated")
         real = changed(pilot, data={"path": str(site_data / "server")}, partition={"scheme": "sites"})
-        grid = grid_of(real)
+        replies = []
+        grid = grid_of(real, change=lambda node, message, reply: replies.append(reply) or reply)
         for node in grid.nodes:
             grid.nodes[node]["data.path"] = str(site_data / f"site-{node - 1}")
         folder = tmp_path / "run"
@@ -154,8 +158,10 @@ class TestRounds:
         assert [r["examples"] for r in result.records[1:]] == [160, 160]
         assert (folder / "report.html").is_file()
         texts = [json.loads(line)["text"] for line in (site_data / "all" / "train.jsonl").open()]
-        sent = str([message.content for message in grid.sent])
-        assert not [text for text in texts if text in sent]
+        for message in (*grid.sent, *replies):
+            parcel = Parcel.from_record(message.content)
+            sent = json.dumps(parcel.facts) + b"".join(parcel.blobs.values()).decode("latin-1")
+            assert not [text for text in texts if json.dumps(text)[1:30] in sent]
 
     def test_bytes_at_both_ends_and_the_factors_once(self, rounds):
         outcome = rounds()
@@ -199,6 +205,23 @@ class TestRounds:
         assert equal(outcome.state.tensors, mean.result(start))
         full = sum(tensor.nbytes for tensor in start.values())
         assert outcome.lines[0]["clients"][0]["received"] - full / 2 < 8192
+
+
+@pytest.mark.filterwarnings("ignore:federa. no worker")
+def test_differential_privacy_is_the_same_code(rounds, monkeypatch):
+    """Clipped changes, noise and what they cost; with noise from a known seed, the simulator's bits."""
+
+    def with_known_noise(**options):
+        secret = np.random.default_rng(7)
+        for module in (privacy, rounds_module):
+            monkeypatch.setattr(module, "secret_generator", lambda: secret)
+        return rounds(privacy={"clip": 0.5, "noise": 1.0}, client={"steps": 1}, **options)
+
+    pytest.importorskip("dp_accounting", reason="pip install 'federa[dp]'")
+    ours, theirs = with_known_noise(), with_known_noise(here=True)
+    assert equal(ours.state.tensors, theirs.state.tensors)
+    assert [record["privacy"] for record in ours.records] == [record["privacy"] for record in theirs.records]
+    assert ours.records[1]["privacy"]["epsilon"] > ours.records[0]["privacy"]["epsilon"] > 0
 
 
 def _tensors(change):
