@@ -1,6 +1,9 @@
 """A whole run on one machine: build, train round after round, score, export, report; and taking one up again."""
 
+import ctypes
+import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -55,6 +58,15 @@ class RunResult:
         """The folder that `peft.PeftModel.from_pretrained` loads, or None for a method without adapters."""
         path = RunFolder(self.folder).adapter
         return path if path.is_dir() else None
+
+
+def reuse_memory() -> None:
+    """Lets glibc keep freed memory for the next tensors: giving it back and faulting it in again costs 4 % of a step."""
+    if sys.platform == "linux":
+        with suppress(AttributeError, OSError):  # another C library
+            libc = ctypes.CDLL(None)
+            for parameter, value in ((-3, 2**25), (-1, 2**30)):  # M_MMAP_THRESHOLD, its largest; M_TRIM_THRESHOLD
+                libc.mallopt(parameter, value)
 
 
 def _silent(event: str, facts: dict[str, Any]) -> None:
@@ -139,6 +151,7 @@ def _finished(folder: RunFolder) -> RunResult | None:
 def _train(folder: RunFolder, config: Config, watch: Watch, train: Train | None = None) -> RunResult:
     if config.partition.scheme == "sites" and train is None:
         raise InputError("partition.scheme: sites is for real sites, which hold the data: `federa flower init`")
+    reuse_memory()
     clear_leftovers(folder.path)
     begun = folder.init_file.is_file() or bool(checkpoint_rounds(folder))
     device = _recorded_device(folder) if begun else None
