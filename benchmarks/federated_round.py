@@ -63,7 +63,7 @@ def config_of(data: Path, tokens: int, batch: int, clients: int, **sections) -> 
 
 
 class Work:
-    """What a turn does: every client once through its STEPS batches of examples, which are the same for all providers."""
+    """What a turn does: every client once through its STEPS batches of examples, the same for all providers."""
 
     def __init__(self, data: Path, tokens: int, batch: int, clients: int):
         self.batch, self.clients = batch, clients

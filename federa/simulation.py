@@ -61,7 +61,7 @@ class RunResult:
 
 
 def reuse_memory() -> None:
-    """Lets glibc keep freed memory for the next tensors: giving it back and faulting it in again costs 4 % of a step."""
+    """Lets glibc keep freed memory for the next tensors: to give it back and fault it in again costs 4 % of a step."""
     if sys.platform == "linux":
         with suppress(AttributeError, OSError):  # another C library
             libc = ctypes.CDLL(None)
