@@ -1,4 +1,4 @@
-"""Samples a second of a round's local training: MiniLM on 20 Newsgroups, adapters on query and value, no dropout.
+"""Samples a second of a round's local training: MiniLM on 20 Newsgroups, adapters on all linear layers, no dropout.
 
 Every provider trains clients of one kind, each once through its own examples with a fresh optimiser. Examples are dealt
 out by length, so that all clients have as many tokens; turns repeat the same work.
@@ -45,7 +45,7 @@ CASES = {  # tokens, batch, cohorts
 }
 STEPS = 4  # of a client
 SAMPLES = 64  # of a turn of those who train clients one after another
-TARGETS = ["query", "value"]
+TARGETS = r".*encoder.*\.(query|key|value|dense)"  # federa's default, all linear layers, in words that PEFT knows
 ROUNDS = (3, 7)
 LR = 1e-3
 

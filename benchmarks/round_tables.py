@@ -71,7 +71,7 @@ def round_table(records: Sequence[Row]) -> str:
             lines.append(f"| {label} | " + " | ".join(map(_cell, rows)) + " |")
     environment = max((row["environment"] for row in newest(records)), key=lambda facts: facts["utc"])
     facts = (
-        f"all-MiniLM-L6-v2 on 20 Newsgroups, rank 8 on query and value, one local step a client, on "
+        f"all-MiniLM-L6-v2 on 20 Newsgroups, rank 8 on all linear layers, four local steps a client, on "
         f"{environment['threads']} CPU threads: {environment['device']}; torch {environment['versions']['torch']}, "
         f"peft {environment['versions'].get('peft', 'absent')}. Medians of rounds taken in turns. "
         f"Commit {environment['commit']}, {environment['utc'][:10]}."
