@@ -90,7 +90,11 @@ def round_verdicts(records: Sequence[Row]) -> list[tuple[bool | None, str]]:
     """Each goal in each case of its batch size: whether it is met (None: not measured) and a line."""
     verdicts: list[tuple[bool | None, str]] = []
     for goal in GOALS:
-        here = {case: rows for case, rows in cases(records).items() if case[0] == goal.batch and goal.other in rows}
+        here = {
+            case: rows
+            for case, rows in cases(records).items()
+            if case[0] == goal.batch and goal.other in rows and any(kind in rows for kind in goal.ours)
+        }
         if not here:
             verdicts.append((None, f"unknown  {goal.name}: not measured"))
         for (batch, tokens, _), rows in here.items():

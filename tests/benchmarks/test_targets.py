@@ -65,6 +65,7 @@ def test_the_command_ends_with_one_where_a_goal_is_missed(monkeypatch, capsys):
     goal = Target("toy", "toy", "cpu", lambda row: True, (1.0, None), (0.9, None))
     monkeypatch.setattr(targets, "TARGETS", (goal,))
     for ratio, status in ((0.95, 0), (1.05, 1)):
-        monkeypatch.setattr(targets.store, "read", lambda path, ratio=ratio: [record(ratio)])
+        rows = [record(ratio)]
+        monkeypatch.setattr(targets.store, "read", lambda path, rows=rows: rows if path.stem == "toy-cpu" else [])
         assert targets.main([]) == status
     assert "must 1.0, aim 0.9" in capsys.readouterr().out
