@@ -49,7 +49,8 @@ class Deployment:
     def start(self, name: str, command: list[str], home: Path) -> subprocess.Popen:
         if command[0].startswith(("flower-", "federa")):
             command = [str(BIN / command[0]), *command[1:]]
-        environment = os.environ | project.QUIET | {"FLWR_HOME": str(home), "PYTHONPATH": str(ROOT)}
+        path = f"{BIN}{os.pathsep}{os.environ['PATH']}"  # Flower starts its own commands by their names
+        environment = os.environ | project.QUIET | {"FLWR_HOME": str(home), "PYTHONPATH": str(ROOT), "PATH": path}
         with open(self.logs / f"{name}.log", "a") as log:
             process = subprocess.Popen(
                 command, cwd=home, env=environment, stdout=log, stderr=log, stdin=subprocess.DEVNULL,
