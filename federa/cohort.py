@@ -65,7 +65,7 @@ class Rows:
 class Stacked(nn.Module):
     """A module of whose trainable parameters there is one for each client: `stacks`, name -> (C, ...).
 
-    Acts on each row alone, as every module of ROW_WISE does, so that a row only needs its own client's parameters.
+    Acts on each row alone, as all that `_row_wise` lets through do, so that a row needs its own client's parameters only.
     """
 
     def __init__(self, module: nn.Module, stacks: Mapping[str, Tensor], rows: Rows):
@@ -197,7 +197,7 @@ def train_cohort(
                 for module in modules:
                     module.activate(active)
             batches = [next(stream) for stream in streams[:active]]
-            units = [sum(int(examples.units[own].sum()) for own in batch) for batch in batches]
+            units = [sum(int(examples.units[part].sum()) for part in batch) for batch in batches]
             seen[:active] += units
             for micro in zip_longest(*batches, fillvalue=np.arange(0)):
                 loss[:active] += _backward(learner, examples, micro, units, rows)

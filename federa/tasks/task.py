@@ -1,5 +1,6 @@
 """What all tasks share: prediction in length-sorted batches, scores by client, features for k-means."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -41,7 +42,7 @@ class Predictions:
 
 
 @dataclass(frozen=True)
-class Task:
+class Task(ABC):
     """One kind of prediction, which a subclass defines."""
 
     config: TaskConfig = field(default_factory=TaskConfig)
@@ -58,25 +59,25 @@ class Task:
 
     # What each task defines
 
+    @abstractmethod
     def read(self, table: Table, config: DataConfig) -> Rows:
         """The columns of a split, validated."""
-        raise NotImplementedError
 
+    @abstractmethod
     def examples(self, texts: Texts, tokenizer: Any, config: DataConfig) -> Examples:
         """Rows as tokens, and what is asked of them."""
-        raise NotImplementedError
 
+    @abstractmethod
     def losses(self, model: Any, batch: Batch) -> torch.Tensor:
         """Cross entropies (E,) in fp32 of a batch's examples, each summed over its units (`Examples.units`)."""
-        raise NotImplementedError
 
+    @abstractmethod
     def judge(self, model: Any, batch: Batch, examples: Examples) -> tuple[torch.Tensor, Sequence[Any]]:
         """The losses (E,) of a batch's examples and what the model says of each."""
-        raise NotImplementedError
 
+    @abstractmethod
     def score(self, predictions: Predictions) -> dict[str, float]:
         """{"loss", the task's metrics}."""
-        raise NotImplementedError
 
     # What they share
 
