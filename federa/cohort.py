@@ -65,7 +65,7 @@ class Rows:
 class Stacked(nn.Module):
     """A module of whose trainable parameters there is one for each client: `stacks`, name -> (C, ...).
 
-    Acts on each row alone, as all that `_row_wise` lets through do, so that a row needs its own client's parameters only.
+    Acts on each row alone, as all that `_row_wise` lets through do: a row needs the parameters of its client only.
     """
 
     def __init__(self, module: nn.Module, stacks: Mapping[str, Tensor], rows: Rows):

@@ -35,7 +35,7 @@ def batch_of(lengths):
 @pytest.mark.parametrize("lengths", [[3, 3, 7, 1], [5, 5], [9], [2, 9, 4, 4, 4]], ids=str)
 @pytest.mark.parametrize("family", SMALL)
 def test_packed_is_padded(family, lengths):
-    """Logits and every gradient, whatever the padding; in float64, so that another order of sums shows in 1e-11 only."""
+    """Logits and every gradient, whatever the padding; in float64, where another order of sums shows in 1e-11."""
     plain = model_of(SMALL[family])
     packed = copy.deepcopy(plain)
     assert pack_encoder(packed)
