@@ -97,12 +97,15 @@ void pack_tile(const float* A, long deep, long width, long row, long column, bf1
     }
 }
 
-// [32 columns][step of 32 rows][16 columns][plane] tiles of up to DEPTH rows, zero beyond A.
+// [32 columns][step of 32 rows][16 columns][plane] tiles of up to DEPTH rows, zero beyond A; read along its lines: across
+// them every one would lie on another page.
 void pack(const float* A, long rows, long columns, long row, long column, bf16* left, bf16* right) {
-    for (long j = 0; j < columns; j += SIDE)
-        for (long n = 0; n < rows; n += SIDE)
-            for (long half = 0; half < SIDE; half += 16, left += 2 * TILE, right += 2 * TILE)
-                pack_tile(A + n * row + (j + half) * column, rows - n, columns - j - half, row, column, left, right);
+    const long steps = blocks(rows, SIDE), halves = 2 * blocks(columns, SIDE), tiles = steps * halves;
+    for (long tile = 0; tile < tiles; ++tile) {
+        const long step = column == 1 ? tile / halves : tile % steps, half = column == 1 ? tile % halves : tile / steps;
+        const long to = ((half / 2 * steps + step) * 2 + half % 2) * 2 * TILE, n = step * SIDE, j = half * 16;
+        pack_tile(A + n * row + j * column, rows - n, columns - j, row, column, left + to, right + to);
+    }
 }
 
 void configure() {
@@ -156,17 +159,6 @@ void multiply(const float* A, long rows, long columns, long row, long column, bf
     _tile_release();
 }
 
-// The upper triangle of blocks from the lower one.
-void mirror(float* G, long columns, long ldg) {
-    for (long i = 0; i < columns; i += 16)
-        for (long j = 0; j < i; j += 16) {
-            __m512 rows[16];
-            for (long k = 0; k < 16; ++k) rows[k] = _mm512_loadu_ps(G + (i + k) * ldg + j);
-            transpose(rows);
-            for (long k = 0; k < 16; ++k) _mm512_storeu_ps(G + (j + k) * ldg + i, rows[k]);
-        }
-}
-
 #ifdef __clang__
 #pragma clang attribute pop
 #else
@@ -183,7 +175,6 @@ void gram_by_tiles(const float* A, long rows, long columns, long row, long colum
     bf16* left = scratch.take<bf16>(2 * size);
     std::memset(G, 0, blocks(columns, SIDE) * SIDE * ldg * sizeof(float));
     multiply(A, rows, columns, row, column, left, left + size, G, ldg);
-    mirror(G, columns, ldg);
 }
 
 #endif
