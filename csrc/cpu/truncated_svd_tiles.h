@@ -2,9 +2,6 @@
 
 namespace federa {
 
-// Whether this processor and operating system have the tile units (AMX).
-bool has_tiles();
-
 // G (columns, columns; ldg) <- A^T A on the tile units, of it the blocks of 32 on the diagonal and below, for A (rows,
 // columns) with entry (i, j) at A[i * row + j * column], one of the strides 1. ldg: a multiple of 16 that leaves room for
 // whole 32s.
