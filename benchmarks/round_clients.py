@@ -2,6 +2,7 @@
 
 Every run is a process of its own, so that its memory is its own; the runs take turns, a round each. A round is all of
 it: sampling, training in cohorts, aggregation, the geometry of the update, evaluation, metrics and checkpoint on disk.
+Clients hold the longest examples, so that every step has as many tokens, whoever is sampled.
 """
 
 import argparse
@@ -18,7 +19,7 @@ import torch
 
 from benchmarks import records as store
 from benchmarks.clock import forget_peak, percentiles, resident
-from benchmarks.round_work import STEPS, config_of, dealt, with_clients
+from benchmarks.round_work import STEPS, config_of, with_clients
 from federa.checkpoint import State
 from federa.cohort import Cohorts, choose_size
 from federa.config import Config
@@ -28,7 +29,7 @@ from federa.rounds import run_rounds
 from federa.simulation import reuse_memory
 
 COUNTS = (10, 100, 1000, 10_000)  # clients
-PER_ROUND, TOKENS, BATCH = 8, 128, 16
+PER_ROUND, TOKENS, BATCH = 6, 128, 16
 ROUNDS = 4  # that are timed, after one to warm up
 
 
@@ -63,7 +64,8 @@ def _serve(pipe: Connection, config: Config, clients: int) -> None:
     """One run: a round for each message, answered by its seconds; the most memory its rounds took at the end."""
     reuse_memory()
     experiment = build(config)
-    shares = dealt(experiment, COUNTS[0])
+    longest = np.argsort(-experiment.train.lengths, kind="stable")
+    shares = np.split(longest[: COUNTS[0] * STEPS * BATCH], COUNTS[0])
     experiment = with_clients(experiment, [shares[client % len(shares)].copy() for client in range(clients)])
     state, train = State(0, experiment.learner.state()), Cohorts(choose_size(experiment))
     forget_peak()
