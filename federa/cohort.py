@@ -19,6 +19,7 @@ from federa import scaffold
 from federa.client import ClientUpdate, LocalOptimizer, local_steps, micro_batches
 from federa.config import Config
 from federa.data import Examples
+from federa.dropout import step_keys
 from federa.methods import Learner
 from federa.models import backbone_of
 from federa_kernels import FeDeRALinear, Segments, lora_linear_clients
@@ -122,8 +123,8 @@ def _row_wise(module: nn.Module) -> bool:
 
 def why_alone(learner: Learner, config: Config) -> str | None:
     """Why the clients of a run can only be trained one at a time, or None if they can share a batch."""
-    if config.model.dropout > 0:
-        return "model.dropout is on, and its masks are drawn for one client at a time"
+    if config.model.attention_dropout > 0:
+        return "model.attention_dropout is on, and its masks are drawn for a whole batch"
     kind = backbone_of(learner.model)[1].config.model_type
     if kind.startswith("deberta"):
         return f"{kind} sends relative positions, which belong to no client, through layers that train"
@@ -135,6 +136,8 @@ def why_alone(learner: Learner, config: Config) -> str | None:
         module = learner.model.get_submodule(name.rpartition(".")[0])
         if not _row_wise(module):
             return f"{name} trains, and a {type(module).__name__} cannot be stacked over clients"
+    if config.model.dropout > 0 and not learner.dropout.cover(learner.model):
+        return f"model.dropout is on, and a {kind} draws masks for a whole batch"
     return None
 
 
@@ -199,8 +202,9 @@ def train_cohort(
             batches = [next(stream) for stream in streams[:active]]
             units = [sum(int(examples.units[part].sum()) for part in batch) for batch in batches]
             seen[:active] += units
-            for micro in zip_longest(*batches, fillvalue=np.arange(0)):
-                loss[:active] += _backward(learner, examples, micro, units, rows)
+            keys = step_keys(config, round, [work[position][1] for position in order[:active]], step)
+            for number, micro in enumerate(zip_longest(*batches, fillvalue=np.arange(0))):
+                loss[:active] += _backward(learner, examples, micro, number, keys, units, rows)
             for name in stacks:
                 parameter = learner.model.get_parameter(name)
                 for client in range(active if parameter.grad is not None else 0):
@@ -219,14 +223,25 @@ def train_cohort(
 
 
 def _backward(
-    learner: Learner, examples: Examples, micro: Sequence[np.ndarray], units: Sequence[int], rows: Rows
+    learner: Learner,
+    examples: Examples,
+    micro: Sequence[np.ndarray],
+    number: int,
+    keys: Sequence[int],
+    units: Sequence[int],
+    rows: Rows,
 ) -> Tensor:
-    """Adds the gradients of one batch of every client, its loss divided by the client's units; the sums of losses."""
+    """Adds the gradients of one batch of every client, its loss divided by the client's units; the sums of losses.
+
+    number: of the batch in the step; keys: of the clients' masks.
+    """
     counts = [len(own) for own in micro]
     indices = np.concatenate(micro)
-    rows.set(counts, examples.lengths[indices])
+    lengths = examples.lengths[indices]
+    rows.set(counts, lengths)
     batch = {name: tensor.to(learner.device) for name, tensor in examples.batch(indices).items()}
-    each = learner.task.losses(learner.model, batch)
+    with learner.dropout.counting(keys, number, counts, lengths):
+        each = learner.task.losses(learner.model, batch)
     shares = torch.tensor(np.repeat(1 / np.array(units), counts), dtype=each.dtype, device=each.device)
     (each * shares).sum().backward()
     return torch.stack([part.sum() for part in each.detach().split(counts)]).double()

@@ -82,6 +82,28 @@ def test_every_family_as_alone(tiny_config, tiny_models, family):
     check(experiment, moved(experiment), config)
 
 
+@pytest.mark.parametrize("family", ["bert", "roberta", "distilbert", "gpt2"])
+def test_dropout_as_alone(tiny_config, tiny_models, family):
+    """Every client's masks are its own, packed and padded, over gathered batches and unequal numbers of steps."""
+    client = SGD | {"accumulate": 2, "batch_size": 4}
+    config = changed(tiny_config, model={"name": str(tiny_models(family)), "dropout": 0.2}, client=client)
+    experiment, plain = build(config), build(changed(config, model={"dropout": 0.0}))
+    assert why_alone(experiment.learner, config) is None
+    start, own = moved(experiment), list(enumerate(shares()))
+    check(experiment, start, config)
+    dropped, whole = (train_cohort(e.learner, e.train, own, 1, start, e.config) for e in (experiment, plain))
+    assert all(distance(one, other, start) > 0.05 for one, other in zip(whole, dropped, strict=True))
+
+
+def test_masks_from_elsewhere_are_found_out(tiny_config):
+    """Before the first round: one dropout that does not know clients makes cohorts of one."""
+    experiment = build(changed(tiny_config, model={"dropout": 0.1}))
+    assert why_alone(experiment.learner, experiment.config) is None
+    experiment.learner.model.dropout.__class__ = torch.nn.Dropout
+    why = why_alone(experiment.learner, experiment.config)
+    assert why == "model.dropout is on, and a bert draws masks for a whole batch"
+
+
 @pytest.mark.parametrize(
     "client",
     [
@@ -139,6 +161,11 @@ def minilm(tiny_config, minilm_path):
 
 def test_minilm_as_alone(minilm):
     check(minilm, moved(minilm), minilm.config)
+
+
+def test_minilm_with_dropout_as_alone(minilm):
+    experiment = build(changed(minilm.config, model={"dropout": 0.1}))
+    check(experiment, moved(experiment), experiment.config)
 
 
 def test_a_run_twice_is_the_same_bits(tiny_experiment):
@@ -201,7 +228,7 @@ def test_out_of_memory_halves_the_cohort(tiny_experiment, monkeypatch):
     [
         ({"method": {"name": "full"}}, "method full trains the whole backbone"),
         ({"method": {"name": "fed-sb"}}, "method fed-sb trains tensors that cannot be stacked"),
-        ({"model": {"dropout": 0.1}}, "model.dropout is on"),
+        ({"model": {"dropout": 0.1, "attention_dropout": 0.1}}, "model.attention_dropout is on"),
     ],
 )
 def test_who_must_train_alone(tiny_config, sections, why):
