@@ -22,6 +22,7 @@ from federa.data import Examples
 from federa.dropout import step_keys
 from federa.methods import Learner
 from federa.models import backbone_of
+from federa.positions import positions_by_client
 from federa_kernels import FeDeRALinear, Segments, lora_linear_clients
 
 if TYPE_CHECKING:
@@ -36,25 +37,28 @@ Client = tuple[int, np.ndarray]  # id, indices of its examples
 class Rows:
     """Which rows of the tensors of the running step belong to which client.
 
-    Modules see tensors of the leading shapes (1, M) tokens without padding, (E, T) padded tokens or (E,) examples.
+    Modules see tensors of the leading shapes (1, M) tokens without padding, (E, T) padded tokens, (E,) examples or
+    (C, 1, n) rows that every client has a copy of.
     """
 
     def __init__(self, device: torch.device):
         self._device = device
+        self.counts: list[int] = []
         self._sizes: dict[tuple[int, ...], list[int]] = {}
         self._segments: dict[tuple, Segments] = {}
 
     def set(self, counts: Sequence[int], lengths: np.ndarray) -> None:
         """counts: examples of each client; lengths (E,): tokens of each example, client after client."""
+        self.counts = list(counts)
         ends = np.cumsum(counts)
         tokens = [int(part.sum()) for part in np.split(lengths, ends[:-1])]
         E, T = len(lengths), int(lengths.max())
-        self._sizes = {(1, sum(tokens)): tokens, (E,): list(counts), (E, T): [count * T for count in counts]}
+        self._sizes = {(1, sum(tokens)): tokens, (E,): self.counts, (E, T): [count * T for count in counts]}
         self._segments = {}
 
     def sizes(self, lead: Sequence[int]) -> list[int]:
         """Rows of each client in a tensor (*lead, K)."""
-        return self._sizes[tuple(lead)]
+        return [lead[2]] * lead[0] if len(lead) == 3 else self._sizes[tuple(lead)]
 
     def segments(self, lead: Sequence[int], scaling: float) -> Segments:
         key = (*lead, scaling)
@@ -126,7 +130,7 @@ def why_alone(learner: Learner, config: Config) -> str | None:
     if config.model.attention_dropout > 0:
         return "model.attention_dropout is on, and its masks are drawn for a whole batch"
     kind = backbone_of(learner.model)[1].config.model_type
-    if kind.startswith("deberta"):
+    if kind == "deberta":
         return f"{kind} sends relative positions, which belong to no client, through layers that train"
     if not learner.method.cohort:
         return f"method {learner.method.name} trains tensors that cannot be stacked over clients"
@@ -155,7 +159,8 @@ def _stacked(learner: Learner, stacks: Mapping[str, Tensor], rows: Rows) -> Iter
             kind = StackedAdapters if isinstance(module, FeDeRALinear) else Stacked
             placed.append(kind(module, own, rows))
             model.set_submodule(owner, placed[-1])
-        yield placed
+        with positions_by_client(model, lambda: rows.counts):
+            yield placed
     finally:
         for owner, module in originals.items():
             model.set_submodule(owner, module)

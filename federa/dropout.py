@@ -20,6 +20,7 @@ from federa.randomness import Purpose, torch_seed
 
 _GAMMA = 0x9E3779B97F4A7C15 - 2**64
 _FACTORS = {30: 0xBF58476D1CE4E5B9 - 2**64, 27: 0x94D049BB133111EB - 2**64, 31: 1}  # by the shift before
+_COPIES = 2**24 - 1  # stands for an example's number where rows are no example's
 
 
 def step_keys(config: Config, round: int, clients: Sequence[int], step: int) -> list[int]:
@@ -38,7 +39,7 @@ class Counters:
     def __init__(self, device: torch.device):
         self._device = device
         self._streams: dict[tuple[int, ...], Tensor] = {}
-        self._clients = self._calls = 0
+        self._clients, self._calls = torch.empty(0, dtype=torch.int64), 0
 
     @contextmanager
     def counting(self, keys: Sequence[int], batch: int, counts: Sequence[int], lengths: np.ndarray) -> Iterator[None]:
@@ -52,7 +53,8 @@ class Counters:
             return
         owners = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
         numbers = torch.cat([torch.arange(count) for count in counts])
-        starts = torch.tensor(keys)[owners] + _GAMMA * ((batch << 44) + (numbers << 20))
+        clients = torch.tensor(keys) + _GAMMA * torch.tensor(batch << 44)
+        starts = clients[owners] + _GAMMA * (numbers << 20)
         padded = starts[:, None] + _GAMMA * torch.arange(int(lengths.max()))
         real = torch.arange(padded.shape[1]) < torch.from_numpy(lengths)[:, None]
         streams = [starts, padded, padded[real].unsqueeze(0)]
@@ -60,18 +62,22 @@ class Counters:
             if len(keys) == 1:
                 torch.manual_seed((keys[0] + batch) % 2**63)
             self._streams = {tuple(seeds.shape): _mixed(seeds.clone()).to(self._device) for seeds in streams}
-            self._clients, self._calls = len(keys), 0
+            self._clients, self._calls = clients, 0
             try:
                 yield
             finally:
-                self._streams, self._clients = {}, 0
+                self._streams, self._clients = {}, self._clients[:0]
 
-    def dropped(self, shape: torch.Size, p: float) -> Tensor | None:
+    def dropped(self, shape: torch.Size, p: float, copies: bool = False) -> Tensor | None:
         """True for the elements of a tensor (*rows, K) that the next dropout sets to zero; None if it is not one of the
-        running batch's."""
-        seeds = self._streams.get(tuple(shape[:-1]))
+        running batch's. copies: of rows (C, 1, n), or (n,) of an only client, that each client has its own of."""
+        if copies and len(self._clients):
+            places = torch.arange(shape[-2]) + (_COPIES << 20)
+            seeds = _mixed(self._clients[:, None] + _GAMMA * places).view(shape[:-1]).to(self._device)
+        else:
+            seeds = self._streams.get(tuple(shape[:-1]))
         if seeds is None:
-            assert self._clients <= 1, f"no client owns the rows of {tuple(shape)}"
+            assert len(self._clients) <= 1, f"no client owns the rows of {tuple(shape)}"
             return None
         words = (torch.arange(-(-shape[-1] // 4), device=seeds.device) + (self._calls << 20)) * _GAMMA
         self._calls += 1
@@ -93,14 +99,15 @@ class Counters:
 
 
 class Dropout(nn.Dropout):
-    """nn.Dropout whose masks are those of `counters` while they are counting."""
+    """nn.Dropout whose masks are those of `counters` while they are counting. copies: it sees DeBERTa's positions."""
 
     counters: Counters
+    copies = False
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training or self.p == 0:
             return x
-        dropped = self.counters.dropped(x.shape, self.p)
+        dropped = self.counters.dropped(x.shape, self.p, self.copies)
         if dropped is None:
             return F.dropout(x, self.p)
         return x.masked_fill(dropped, 0).mul_(2**16 / (2**16 - _share(self.p)))
@@ -109,9 +116,10 @@ class Dropout(nn.Dropout):
 def count_dropout(model: nn.Module, device: torch.device) -> Counters:
     """Every nn.Dropout of a model draws by the counters that are returned from now on."""
     counters = Counters(device)
-    for module in model.modules():
+    for name, module in model.named_modules():
         if type(module) is nn.Dropout:
             module.__class__, module.counters = Dropout, counters
+            module.copies = name.endswith("pos_dropout")
     return counters
 
 
