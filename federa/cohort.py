@@ -22,7 +22,7 @@ from federa.data import Examples
 from federa.dropout import step_keys
 from federa.methods import Learner
 from federa.models import backbone_of
-from federa.positions import positions_by_client
+from federa.positions import memory_of_positions, positions_by_client
 from federa_kernels import FeDeRALinear, Segments, lora_linear_clients
 
 if TYPE_CHECKING:
@@ -58,7 +58,9 @@ class Rows:
 
     def sizes(self, lead: Sequence[int]) -> list[int]:
         """Rows of each client in a tensor (*lead, K)."""
-        return [lead[2]] * lead[0] if len(lead) == 3 else self._sizes[tuple(lead)]
+        if len(lead) == 3 and tuple(lead[:2]) == (len(self.counts), 1):
+            return [lead[2]] * lead[0]
+        return self._sizes[tuple(lead)]
 
     def segments(self, lead: Sequence[int], scaling: float) -> Segments:
         key = (*lead, scaling)
@@ -258,15 +260,18 @@ def memory_of_client(experiment: "Experiment") -> int:
         4 t L (9 K + 2 F)  +  16 P
 
     t: tokens of a full batch of the mean length; L layers of width K and inner width F, whose inputs the backward
-    keeps in float32; P trained parameters, each with its gradient and two moments.
+    keeps in float32; P trained parameters, each with its gradient and two moments. DeBERTa's positions come on top.
     """
     config, learner = experiment.config, experiment.learner
-    facts = backbone_of(learner.model)[1].config
+    backbone = backbone_of(learner.model)[1]
+    facts = backbone.config
     width = facts.hidden_size
     inner = getattr(facts, "intermediate_size", None) or 4 * width
-    tokens = config.client.batch_size * float(experiment.train.lengths.mean())
+    length = float(experiment.train.lengths.mean())
+    tokens = config.client.batch_size * length
     parameters = sum(parameter.numel() for parameter in learner.trainable.values())
-    return int(4 * tokens * facts.num_hidden_layers * (9 * width + 2 * inner) + 16 * parameters)
+    positions = memory_of_positions(backbone, config.client.batch_size, length)
+    return int(4 * tokens * facts.num_hidden_layers * (9 * width + 2 * inner) + positions + 16 * parameters)
 
 
 def choose_size(experiment: "Experiment") -> int:

@@ -22,6 +22,27 @@ class _Copies(nn.Module):
         return self._one[0].weight.expand(len(self._counts()), 1, -1, -1)
 
 
+def is_deberta(backbone: nn.Module) -> bool:
+    """Whether it is a DeBERTa of the second or third version that has relative positions."""
+    return backbone.config.model_type == "deberta-v2" and backbone.config.relative_attention
+
+
+def memory_of_positions(backbone: nn.Module, examples: int, length: float) -> float:
+    """Bytes that its backward keeps for them and for what attention makes of them, over examples of this length T.
+
+        4 E L (k n (H T + K) + H T^2 + T K)
+
+    k terms (c2p, p2c), each with its scores against all n positions and its projections of them; T K: the scaled keys.
+    """
+    if not is_deberta(backbone):
+        return 0.0
+    facts, n = backbone.config, backbone.encoder.rel_embeddings.num_embeddings
+    H, terms = facts.num_attention_heads, len(facts.pos_att_type)
+    width = facts.hidden_size
+    an_example = terms * n * (H * length + width) + H * length**2 + length * width
+    return 4 * examples * facts.num_hidden_layers * an_example
+
+
 @contextmanager
 def positions_by_client(model: nn.Module, counts: Callable[[], Sequence[int]]) -> Iterator[None]:
     """Meanwhile a DeBERTa of the second or third version scores each example's positions by its own client's layers.
@@ -29,7 +50,7 @@ def positions_by_client(model: nn.Module, counts: Callable[[], Sequence[int]]) -
     counts: examples of each client in the running batch. Other models are left as they are.
     """
     backbone = backbone_of(model)[1]
-    if backbone.config.model_type != "deberta-v2" or not backbone.config.relative_attention:
+    if not is_deberta(backbone):
         yield
         return
     encoder, table = backbone.encoder, backbone.encoder.rel_embeddings

@@ -1,4 +1,4 @@
-"""Updates of clients trained in one batch, compared with those of each trained alone."""
+"""Updates of clients trained in one batch, compared with those of each trained alone, and the memory it takes."""
 
 import numpy as np
 import pytest
@@ -53,3 +53,22 @@ def moved(experiment):
     """Global tensors of some later round: none of them is where training began."""
     rng = torch.Generator().manual_seed(0)
     return {n: t + 0.02 * torch.randn(t.shape, generator=rng) for n, t in experiment.learner.state().items()}
+
+
+def bytes_kept(experiment, indices) -> int:
+    """By the backward of a batch, but for the model's own tensors."""
+    kept: dict[int, int] = {}
+    model = experiment.learner.model
+    frozen = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in frozen and tensor.is_floating_point():
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        total = experiment.task.losses(model, experiment.train.batch(indices)).sum()
+    count = sum(kept.values())
+    del total
+    return count

@@ -15,9 +15,8 @@ from federa.cohort import Cohorts, choose_size, memory_of_client, train_cohort, 
 from federa.config import changed
 from federa.data import length_grouped_batches
 from federa.experiment import build
-from federa.tasks import losses
 
-from .as_alone import CUTS, SGD, check, distance, moved, shares
+from .as_alone import CUTS, SGD, bytes_kept, check, distance, moved, shares
 
 STACKED = ("federa", "lora", "ffa-lora", "rolora", "fedsvd", "bitfit", "adapter", "head-only")
 
@@ -206,24 +205,10 @@ def test_size(tiny_experiment):
 
 def test_memory_is_as_predicted(minilm):
     """What the backward of one client's batches keeps, counted, is 70 to 130 % of the formula."""
-    kept: dict[int, int] = {}
-    frozen = {parameter.untyped_storage().data_ptr() for parameter in minilm.learner.model.parameters()}
-
-    def keep(tensor):
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in frozen and tensor.is_floating_point():
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
     rng = np.random.default_rng(0)
-    batches = length_grouped_batches(minilm.train.lengths, np.arange(144), 8, rng)
+    parameters = 16 * sum(p.numel() for p in minilm.learner.trainable.values())
     ratios = []
-    for indices in batches:
-        kept.clear()
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            total = losses(minilm.learner.model, minilm.train.batch(indices)).sum()
+    for indices in length_grouped_batches(minilm.train.lengths, np.arange(144), 8, rng):
         share = minilm.train.lengths[indices].sum() / (8 * minilm.train.lengths.mean())
-        parameters = 16 * sum(p.numel() for p in minilm.learner.trainable.values())
-        ratios.append(sum(kept.values()) / ((memory_of_client(minilm) - parameters) * share))
-        del total
+        ratios.append(bytes_kept(minilm, indices) / ((memory_of_client(minilm) - parameters) * share))
     assert 0.7 < np.mean(ratios) < 1.3
