@@ -203,6 +203,13 @@ def test_size(tiny_experiment):
     assert choose_size(replace(tiny_experiment, config=changed(tiny_experiment.config, run={"cohort": 3}))) == 3
 
 
+def test_padding_is_not_multiplied_by_itself(tiny_config, tiny_models):
+    """On a CPU, where it costs more than a larger batch gains."""
+    experiment = build(changed(tiny_config, model={"name": str(tiny_models("gpt2")), "device": "cpu"}))
+    assert why_alone(experiment.learner, experiment.config) is None and choose_size(experiment) == 1
+    assert choose_size(replace(experiment, config=changed(experiment.config, run={"cohort": 3}))) == 3
+
+
 def test_memory_is_as_predicted(minilm):
     """What the backward of one client's batches keeps, counted, is 70 to 130 % of the formula."""
     rng = np.random.default_rng(0)
