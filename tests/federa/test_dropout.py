@@ -170,8 +170,8 @@ def test_gradients_are_those_of_explicit_masks(family):
         counters = count_dropout(model, CPU)
         own = counters.dropped
 
-        def record(shape, p, own=own, keep=name == "counted"):
-            mask = own(shape, p)
+        def record(shape, p, copies, own=own, keep=name == "counted"):
+            mask = own(shape, p, copies)
             given.extend([(~mask).double()] * keep)
             return mask
 
