@@ -1,8 +1,7 @@
 """One client's local training."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Set
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,8 +9,9 @@ import torch
 
 from federa.config import ClientConfig, Config
 from federa.data import Examples, length_grouped_batches
+from federa.dropout import step_keys
 from federa.methods import Learner
-from federa.randomness import Purpose, generator, torch_seed
+from federa.randomness import Purpose, generator
 
 
 @dataclass(frozen=True)
@@ -50,12 +50,10 @@ def train_client(
     total = local_steps(len(indices), config.client)
     optimizer = LocalOptimizer(trained, learner.head, config, round, total, correction)
     loss, seen = 0.0, 0
-    with _dropout_streams(learner, config) as seed_dropout:
-        for step, batches in enumerate(micro_batches(examples, indices, client, round, config, total)):
-            seed_dropout(round=round, client=client, step=step)
-            loss += _accumulate_gradients(learner, examples, batches)
-            seen += _units(examples, batches)
-            optimizer.step()
+    for step, batches in enumerate(micro_batches(examples, indices, client, round, config, total)):
+        loss += _accumulate_gradients(learner, examples, batches, step_keys(config, round, [client], step))
+        seen += _units(examples, batches)
+        optimizer.step()
     mean_loss = loss / seen
     tensors = {name: parameter.detach().to("cpu", copy=True) for name, parameter in trained.items()}
     return ClientUpdate(client, len(indices), total, tensors, {"loss": mean_loss}, math.isfinite(mean_loss))
@@ -108,12 +106,15 @@ class LocalOptimizer:
         self._taken += 1
 
 
-def _accumulate_gradients(learner: Learner, examples: Examples, batches: list[np.ndarray]) -> float:
+def _accumulate_gradients(
+    learner: Learner, examples: Examples, batches: list[np.ndarray], keys: Sequence[int]
+) -> float:
     """Gradients of the mean loss over the units of all `batches`; returns the sum of their losses."""
     units, total = _units(examples, batches), 0.0
-    for indices in batches:
+    for number, indices in enumerate(batches):
         batch = {name: tensor.to(learner.device) for name, tensor in examples.batch(indices).items()}
-        loss = learner.task.losses(learner.model, batch).sum()
+        with learner.dropout.counting(keys, number, [len(indices)], examples.lengths[indices]):
+            loss = learner.task.losses(learner.model, batch).sum()
         (loss / units).backward()
         total += loss.item()
     return total
@@ -121,17 +122,6 @@ def _accumulate_gradients(learner: Learner, examples: Examples, batches: list[np
 
 def _units(examples: Examples, batches: list[np.ndarray]) -> int:
     return sum(int(examples.units[indices].sum()) for indices in batches)
-
-
-@contextmanager
-def _dropout_streams(learner: Learner, config: Config) -> Iterator[Callable[..., None]]:
-    """Torch's dropout knows only the global generator: seeds it by (round, client, step), and puts it back after."""
-    if config.model.dropout == 0:
-        yield lambda **stream: None
-        return
-    devices = [learner.device] if learner.device.type == "cuda" else []
-    with torch.random.fork_rng(devices):
-        yield lambda **stream: torch.manual_seed(torch_seed(config.seed, Purpose.DROPOUT, **stream))
 
 
 def local_steps(size: int, config: ClientConfig) -> int:

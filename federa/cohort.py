@@ -19,8 +19,10 @@ from federa import scaffold
 from federa.client import ClientUpdate, LocalOptimizer, local_steps, micro_batches
 from federa.config import Config
 from federa.data import Examples
+from federa.dropout import step_keys
 from federa.methods import Learner
 from federa.models import backbone_of
+from federa.positions import memory_of_positions, positions_by_client
 from federa_kernels import FeDeRALinear, Segments, lora_linear_clients
 
 if TYPE_CHECKING:
@@ -35,24 +37,29 @@ Client = tuple[int, np.ndarray]  # id, indices of its examples
 class Rows:
     """Which rows of the tensors of the running step belong to which client.
 
-    Modules see tensors of the leading shapes (1, M) tokens without padding, (E, T) padded tokens or (E,) examples.
+    Modules see tensors of the leading shapes (1, M) tokens without padding, (E, T) padded tokens, (E,) examples or
+    (C, 1, n) rows that every client has a copy of.
     """
 
     def __init__(self, device: torch.device):
         self._device = device
+        self.counts: list[int] = []
         self._sizes: dict[tuple[int, ...], list[int]] = {}
         self._segments: dict[tuple, Segments] = {}
 
     def set(self, counts: Sequence[int], lengths: np.ndarray) -> None:
         """counts: examples of each client; lengths (E,): tokens of each example, client after client."""
+        self.counts = list(counts)
         ends = np.cumsum(counts)
         tokens = [int(part.sum()) for part in np.split(lengths, ends[:-1])]
         E, T = len(lengths), int(lengths.max())
-        self._sizes = {(1, sum(tokens)): tokens, (E,): list(counts), (E, T): [count * T for count in counts]}
+        self._sizes = {(1, sum(tokens)): tokens, (E,): self.counts, (E, T): [count * T for count in counts]}
         self._segments = {}
 
     def sizes(self, lead: Sequence[int]) -> list[int]:
         """Rows of each client in a tensor (*lead, K)."""
+        if len(lead) == 3 and tuple(lead[:2]) == (len(self.counts), 1):
+            return [lead[2]] * lead[0]
         return self._sizes[tuple(lead)]
 
     def segments(self, lead: Sequence[int], scaling: float) -> Segments:
@@ -122,10 +129,10 @@ def _row_wise(module: nn.Module) -> bool:
 
 def why_alone(learner: Learner, config: Config) -> str | None:
     """Why the clients of a run can only be trained one at a time, or None if they can share a batch."""
-    if config.model.dropout > 0:
-        return "model.dropout is on, and its masks are drawn for one client at a time"
+    if config.model.attention_dropout > 0:
+        return "model.attention_dropout is on, and its masks are drawn for a whole batch"
     kind = backbone_of(learner.model)[1].config.model_type
-    if kind.startswith("deberta"):
+    if kind == "deberta":
         return f"{kind} sends relative positions, which belong to no client, through layers that train"
     if not learner.method.cohort:
         return f"method {learner.method.name} trains tensors that cannot be stacked over clients"
@@ -135,6 +142,8 @@ def why_alone(learner: Learner, config: Config) -> str | None:
         module = learner.model.get_submodule(name.rpartition(".")[0])
         if not _row_wise(module):
             return f"{name} trains, and a {type(module).__name__} cannot be stacked over clients"
+    if config.model.dropout > 0 and not learner.dropout.cover(learner.model):
+        return f"model.dropout is on, and a {kind} draws masks for a whole batch"
     return None
 
 
@@ -152,7 +161,8 @@ def _stacked(learner: Learner, stacks: Mapping[str, Tensor], rows: Rows) -> Iter
             kind = StackedAdapters if isinstance(module, FeDeRALinear) else Stacked
             placed.append(kind(module, own, rows))
             model.set_submodule(owner, placed[-1])
-        yield placed
+        with positions_by_client(model, lambda: rows.counts):
+            yield placed
     finally:
         for owner, module in originals.items():
             model.set_submodule(owner, module)
@@ -199,8 +209,9 @@ def train_cohort(
             batches = [next(stream) for stream in streams[:active]]
             units = [sum(int(examples.units[part].sum()) for part in batch) for batch in batches]
             seen[:active] += units
-            for micro in zip_longest(*batches, fillvalue=np.arange(0)):
-                loss[:active] += _backward(learner, examples, micro, units, rows)
+            keys = step_keys(config, round, [work[position][1] for position in order[:active]], step)
+            for number, micro in enumerate(zip_longest(*batches, fillvalue=np.arange(0))):
+                loss[:active] += _backward(learner, examples, micro, number, keys, units, rows)
             for name in stacks:
                 parameter = learner.model.get_parameter(name)
                 for client in range(active if parameter.grad is not None else 0):
@@ -219,14 +230,25 @@ def train_cohort(
 
 
 def _backward(
-    learner: Learner, examples: Examples, micro: Sequence[np.ndarray], units: Sequence[int], rows: Rows
+    learner: Learner,
+    examples: Examples,
+    micro: Sequence[np.ndarray],
+    number: int,
+    keys: Sequence[int],
+    units: Sequence[int],
+    rows: Rows,
 ) -> Tensor:
-    """Adds the gradients of one batch of every client, its loss divided by the client's units; the sums of losses."""
+    """Adds the gradients of one batch of every client, its loss divided by the client's units; the sums of losses.
+
+    number: of the batch in the step; keys: of the clients' masks.
+    """
     counts = [len(own) for own in micro]
     indices = np.concatenate(micro)
-    rows.set(counts, examples.lengths[indices])
+    lengths = examples.lengths[indices]
+    rows.set(counts, lengths)
     batch = {name: tensor.to(learner.device) for name, tensor in examples.batch(indices).items()}
-    each = learner.task.losses(learner.model, batch)
+    with learner.dropout.counting(keys, number, counts, lengths):
+        each = learner.task.losses(learner.model, batch)
     shares = torch.tensor(np.repeat(1 / np.array(units), counts), dtype=each.dtype, device=each.device)
     (each * shares).sum().backward()
     return torch.stack([part.sum() for part in each.detach().split(counts)]).double()
@@ -238,25 +260,32 @@ def memory_of_client(experiment: "Experiment") -> int:
         4 t L (9 K + 2 F)  +  16 P
 
     t: tokens of a full batch of the mean length; L layers of width K and inner width F, whose inputs the backward
-    keeps in float32; P trained parameters, each with its gradient and two moments.
+    keeps in float32; P trained parameters, each with its gradient and two moments. DeBERTa's positions come on top.
     """
     config, learner = experiment.config, experiment.learner
-    facts = backbone_of(learner.model)[1].config
+    backbone = backbone_of(learner.model)[1]
+    facts = backbone.config
     width = facts.hidden_size
     inner = getattr(facts, "intermediate_size", None) or 4 * width
-    tokens = config.client.batch_size * float(experiment.train.lengths.mean())
+    length = float(experiment.train.lengths.mean())
+    tokens = config.client.batch_size * length
     parameters = sum(parameter.numel() for parameter in learner.trainable.values())
-    return int(4 * tokens * facts.num_hidden_layers * (9 * width + 2 * inner) + 16 * parameters)
+    positions = memory_of_positions(backbone, config.client.batch_size, length)
+    return int(4 * tokens * facts.num_hidden_layers * (9 * width + 2 * inner) + positions + 16 * parameters)
 
 
 def choose_size(experiment: "Experiment") -> int:
     """The cohort of `run.cohort`: as asked; with auto, as many clients as fill a step and fit into memory; 1 where
-    `why_alone` says so."""
+    `why_alone` says so, and with auto on a CPU for a model that computes padding, of which cohorts have more."""
+    from federa.packing import is_packed  # needs transformers, which the model brings along
+
     config, device = experiment.config, experiment.learner.device
     if why_alone(experiment.learner, config) is not None:
         return 1
     if config.run.cohort != "auto":
         return config.run.cohort
+    if device.type == "cpu" and not is_packed(experiment.learner.model):
+        return 1  # four clients of a small DeBERTa or GPT-2 took 1.2 to 1.6 times as long together
     tokens = config.client.batch_size * float(experiment.train.lengths.mean())
     filling = round(TOKENS_A_STEP.get(device.type, TOKENS_A_STEP["cpu"]) / tokens)
     fitting = int(MEMORY_SHARE * free_memory(device) / memory_of_client(experiment))

@@ -48,7 +48,8 @@ class ModelConfig(Section):
     revision: Text | None = None
     trust_remote_code: bool = False
     pooling: Literal["default", "mean"] = "default"  # default: transformers' own head; mean: masked mean + linear
-    dropout: Fraction = 0.0  # of the backbone; principal components want none
+    dropout: Fraction = 0.0  # of hidden states; principal components want none
+    attention_dropout: Fraction = 0.0  # of attention's weights; clients then train one at a time
     precision: Literal["float32", "bfloat16"] = "float32"  # of activations; bfloat16 is autocast
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
 

@@ -15,6 +15,7 @@ from torch import nn
 from federa.adapters import SparseStart, add_bottlenecks, add_cores, add_sparse_starts
 from federa.catalogue import FACTORS, METHODS, Method
 from federa.config import MethodConfig
+from federa.dropout import Counters, count_dropout
 from federa.errors import InputError
 from federa.folder import write_atomic
 from federa.models import backbone_of, is_head
@@ -81,7 +82,7 @@ class Learner:
     """One backbone in memory, made trainable; every client trains through it in turn.
 
     trainable: name -> Parameter of all that the global state holds, in the model's order; `open` tells which of them
-    train in a round. head: the names among them that use the head's rate.
+    train in a round. head: the names among them that use the head's rate. dropout: what the model's masks hang on.
     """
 
     model: nn.Module
@@ -91,6 +92,7 @@ class Learner:
     device: torch.device
     config: MethodConfig
     seed: int
+    dropout: Counters
     task: Task = CLASSIFICATION
 
     @property
@@ -248,7 +250,8 @@ def make_trainable(
     head = {name for name, _ in model.named_parameters() if is_head(model, name)}
     names = (method.carried(model, config) | head) - _unused_parameters(model)
     trainable = {name: parameter for name, parameter in model.named_parameters() if name in names}
-    learner = Learner(model, trainable, frozenset(head & names), computed, device, config, seed)
+    dropout = count_dropout(model, device)
+    learner = Learner(model, trainable, frozenset(head & names), computed, device, config, seed, dropout)
     learner.open(1)
     pack_frozen(model)  # the frozen layers that carry no adapter, as fast as those that do
     pack_encoder(model)

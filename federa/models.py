@@ -82,15 +82,16 @@ def load_model(
     """A model of transformers' `auto_class` in fp32 on the CPU; a head the checkpoint lacks is drawn from `seed`.
 
     pooling "default" gives transformers' own class; "mean" a MeanPoolingClassifier. Weights are read from safetensors
-    only. Every dropout probability is set to config.dropout. Without label names the configuration's stay.
+    only. Dropout rates are config's: attention_dropout of attention's weights, dropout everywhere else. Without label
+    names the configuration's stay.
     """
     import transformers
 
     with _readable_errors(source):
         settings = transformers.AutoConfig.from_pretrained(source.location, **source.arguments)
-        for name, value in settings.to_dict().items():
-            if isinstance(value, float) and ("drop" in name):
-                setattr(settings, name, config.dropout)
+        for name, rate in _dropout_rates(settings, config).items():
+            if getattr(settings, name) != rate:
+                setattr(settings, name, rate)
         arguments = source.arguments | {"config": settings, "use_safetensors": True, "dtype": torch.float32}
         arguments |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
         with quiet_transformers(), torch.random.fork_rng(devices=[]):
@@ -109,10 +110,32 @@ def load_model(
     _check_weights(model, prefix, loaded, source)
     if model.config.pad_token_id is None:
         model.config.pad_token_id = pad_id
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = config.dropout
+    _set_dropout(model, config)
     return model
+
+
+def _dropout_rates(settings: Any, config: ModelConfig) -> dict[str, float]:
+    """What a run's configuration makes of the rates of a model's; no layers are dropped as a whole."""
+    rates = {}
+    for name, value in settings.to_dict().items():
+        if "drop" in name and isinstance(value, int | float) and not isinstance(value, bool):
+            rate = config.attention_dropout if "att" in name else config.dropout
+            rates[name] = 0.0 if "layerdrop" in name else rate
+    return rates
+
+
+def _set_dropout(model: nn.Module, config: ModelConfig) -> None:
+    """Sets the rates that come from no configuration, as a head's may. InputError for one that nothing draws by."""
+    backbone = set(backbone_of(model)[1].modules())
+    kinds = {"attention_dropout" if "att" in name else "dropout" for name in _dropout_rates(model.config, config)}
+    for module in model.modules():
+        if isinstance(module, nn.Dropout) and (module not in backbone or module.p != config.attention_dropout):
+            module.p = config.dropout
+            kinds.add("dropout")
+    for key in ("dropout", "attention_dropout"):
+        if (rate := getattr(config, key)) > 0 and key not in kinds:
+            kind = model.config.model_type
+            raise InputError(f"model.{key}: must be 0 for a model of type {kind}, which has none such, got {rate}")
 
 
 def key_mapping(settings: Any, auto_class: str) -> dict[str, str] | None:

@@ -66,6 +66,10 @@ def pack_encoder(model: nn.Module) -> bool:
     return True
 
 
+def is_packed(model: nn.Module) -> bool:
+    return backbone_of(model)[1].config._attn_implementation == NAME
+
+
 def _enter(encoder: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
     hidden, *others = args if args else (kwargs.pop("hidden_states"),)
     mask = kwargs.get("attention_mask")

@@ -82,11 +82,16 @@ def tiny_models(tmp_path_factory, tiny_data):
     size = {"vocab_size": 600, "max_position_embeddings": 80, "pad_token_id": 0}
     usual = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
     relative = {"relative_attention": True, "pos_att_type": ["p2c", "c2p"], "pooler_hidden_size": 32}
+    buckets = {"position_buckets": 8, "share_att_key": True, "norm_rel_ebd": "layer_norm"}
+    third = {**relative, **buckets, "position_biased_input": False, "type_vocab_size": 0}
     configs = {
         "bert": hf.BertConfig(**size, **usual),
         "roberta": hf.RobertaConfig(**size, **usual),
         "distilbert": hf.DistilBertConfig(**size, dim=32, n_layers=2, n_heads=2, hidden_dim=64),
+        "deberta": hf.DebertaConfig(**size, **usual, **relative),
         "deberta-v2": hf.DebertaV2Config(**size, **usual, **relative),
+        "deberta-v3": hf.DebertaV2Config(**size, **usual, **third),
+        "deberta-v2-xlarge": hf.DebertaV2Config(**size, **usual, **third, conv_kernel_size=3, conv_act="gelu"),
         # As published ones: no padding token of its own.
         "gpt2": hf.GPT2Config(
             **size | {"pad_token_id": None}, n_embd=32, n_layer=2, n_head=2, bos_token_id=1, eos_token_id=1

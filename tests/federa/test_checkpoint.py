@@ -233,9 +233,11 @@ def killer():
 
 @pytest.fixture(scope="module")
 def whole(tiny_config, killer, tmp_path_factory):
-    """(config file, folder, events, seconds) of a run that nothing stopped: FedAdam, 2 of 5 clients, best not last."""
+    """(config file, folder, events, seconds) of a run that nothing stopped: FedAdam, 2 of 5 clients, dropout of hidden
+    states, best not last."""
     config = changed(
         tiny_config,
+        model={"dropout": 0.1},
         server={"rounds": 5, "clients_per_round": 2, "optimizer": "fedadam", "lr": 0.02},
         client={"optimizer": "sgd", "lr": 1.0},
         failures={"dropout": 0.2},

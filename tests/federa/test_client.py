@@ -180,21 +180,6 @@ def test_batches_differ_by_client_round_and_seed(train, start, other):
     assert not torch.equal(first.tensors["classifier.weight"], second.tensors["classifier.weight"])
 
 
-def test_dropout_is_a_function_of_the_clients_counters(tiny_config):
-    """Twice the same with the global generator elsewhere; another client draws other masks."""
-    config = changed(tiny_config, model={"dropout": 0.3}, client=SGD)
-    experiment = build(config)
-    start = experiment.learner.state()
-
-    def classifier(client: int, noise: int) -> torch.Tensor:
-        torch.manual_seed(noise)
-        update = train_client(experiment.learner, experiment.train, np.arange(16), client, 1, start, config)
-        return update.tensors["classifier.weight"]
-
-    assert torch.equal(classifier(0, noise=1), classifier(0, noise=2))
-    assert not torch.equal(classifier(0, noise=1), classifier(1, noise=1))
-
-
 def test_an_update_shares_no_memory(train, experiment, start):
     """Later training does not change what a client sent, and the global tensors stay as they were."""
     before = {name: tensor.clone() for name, tensor in start.items()}

@@ -10,60 +10,15 @@ from hypothesis import strategies as st
 
 from federa import cohort
 from federa.checkpoint import State
-from federa.client import ClientUpdate, train_client
+from federa.client import train_client
 from federa.cohort import Cohorts, choose_size, memory_of_client, train_cohort, why_alone
 from federa.config import changed
 from federa.data import length_grouped_batches
 from federa.experiment import build
-from federa.tasks import losses
 
-CUTS = (37, 5, 61, 16, 1)  # examples of each client
+from .as_alone import CUTS, SGD, bytes_kept, check, distance, moved, shares
+
 STACKED = ("federa", "lora", "ffa-lora", "rolora", "fedsvd", "bitfit", "adapter", "head-only")
-SGD = {
-    "batch_size": 8,
-    "optimizer": "sgd",
-    "lr": 0.2,
-}  # its steps do not blow up rounding, as AdamW's of tiny gradients
-ZERO = ("key.bias",)  # softmax does not see them: their true gradient is zero, and AdamW makes steps of its rounding
-
-
-def shares(cuts=CUTS):
-    return np.split(np.arange(sum(cuts)), np.cumsum(cuts)[:-1])
-
-
-def distance(alone: ClientUpdate, together: ClientUpdate, start) -> float:
-    """Of the whole updates, relative to the one alone."""
-    names = [name for name in alone.tensors if not name.endswith(ZERO)]
-    change, other = (
-        torch.cat([(update.tensors[name] - start[name]).double().flatten() for name in names])
-        for update in (alone, together)
-    )
-    return float((other - change).norm() / change.norm())
-
-
-def check(experiment, start, config, round=1, corrections=None, within=2e-5):
-    learner, own = experiment.learner, shares()
-    alone = [
-        train_client(learner, experiment.train, own[c], c, round, start, config, corrections and corrections[c])
-        for c in range(len(own))
-    ]
-    together = train_cohort(learner, experiment.train, list(enumerate(own)), round, start, config, corrections)
-    for one, other in zip(alone, together, strict=True):
-        assert (one.client, one.examples, one.steps, one.finite) == (
-            other.client,
-            other.examples,
-            other.steps,
-            other.finite,
-        )
-        assert one.tensors.keys() == other.tensors.keys()
-        assert distance(one, other, start) <= within
-        assert other.metrics["loss"] == pytest.approx(one.metrics["loss"], rel=1e-5)
-
-
-def moved(experiment):
-    """Global tensors of some later round: none of them is where training began."""
-    rng = torch.Generator().manual_seed(0)
-    return {n: t + 0.02 * torch.randn(t.shape, generator=rng) for n, t in experiment.learner.state().items()}
 
 
 @pytest.mark.parametrize("method", STACKED)
@@ -80,6 +35,28 @@ def test_every_family_as_alone(tiny_config, tiny_models, family):
     config = changed(tiny_config, model={"name": str(tiny_models(family))}, client=SGD)
     experiment = build(config)
     check(experiment, moved(experiment), config)
+
+
+@pytest.mark.parametrize("family", ["bert", "roberta", "distilbert", "gpt2", "deberta-v3", "deberta-v2-xlarge"])
+def test_dropout_as_alone(tiny_config, tiny_models, family):
+    """Every client's masks are its own, packed and padded, over gathered batches and unequal numbers of steps."""
+    client = SGD | {"accumulate": 2, "batch_size": 4}
+    config = changed(tiny_config, model={"name": str(tiny_models(family)), "dropout": 0.2}, client=client)
+    experiment, plain = build(config), build(changed(config, model={"dropout": 0.0}))
+    assert why_alone(experiment.learner, config) is None
+    start, own = moved(experiment), list(enumerate(shares()))
+    check(experiment, start, config)
+    dropped, whole = (train_cohort(e.learner, e.train, own, 1, start, e.config) for e in (experiment, plain))
+    assert all(distance(one, other, start) > 0.05 for one, other in zip(whole, dropped, strict=True))
+
+
+def test_masks_from_elsewhere_are_found_out(tiny_config):
+    """Before the first round: one dropout that does not know clients makes cohorts of one."""
+    experiment = build(changed(tiny_config, model={"dropout": 0.1}))
+    assert why_alone(experiment.learner, experiment.config) is None
+    experiment.learner.model.dropout.__class__ = torch.nn.Dropout
+    why = why_alone(experiment.learner, experiment.config)
+    assert why == "model.dropout is on, and a bert draws masks for a whole batch"
 
 
 @pytest.mark.parametrize(
@@ -139,6 +116,11 @@ def minilm(tiny_config, minilm_path):
 
 def test_minilm_as_alone(minilm):
     check(minilm, moved(minilm), minilm.config)
+
+
+def test_minilm_with_dropout_as_alone(minilm):
+    experiment = build(changed(minilm.config, model={"dropout": 0.1}))
+    check(experiment, moved(experiment), experiment.config)
 
 
 def test_a_run_twice_is_the_same_bits(tiny_experiment):
@@ -201,7 +183,7 @@ def test_out_of_memory_halves_the_cohort(tiny_experiment, monkeypatch):
     [
         ({"method": {"name": "full"}}, "method full trains the whole backbone"),
         ({"method": {"name": "fed-sb"}}, "method fed-sb trains tensors that cannot be stacked"),
-        ({"model": {"dropout": 0.1}}, "model.dropout is on"),
+        ({"model": {"dropout": 0.1, "attention_dropout": 0.1}}, "model.attention_dropout is on"),
     ],
 )
 def test_who_must_train_alone(tiny_config, sections, why):
@@ -210,8 +192,8 @@ def test_who_must_train_alone(tiny_config, sections, why):
     assert why_alone(experiment.learner, config).startswith(why) and choose_size(experiment) == 1
 
 
-def test_deberta_must_train_alone(tiny_config, tiny_models):
-    experiment = build(changed(tiny_config, model={"name": str(tiny_models("deberta-v2"))}))
+def test_the_first_deberta_must_train_alone(tiny_config, tiny_models):
+    experiment = build(changed(tiny_config, model={"name": str(tiny_models("deberta"))}))
     assert "relative positions" in why_alone(experiment.learner, experiment.config)
 
 
@@ -221,26 +203,19 @@ def test_size(tiny_experiment):
     assert choose_size(replace(tiny_experiment, config=changed(tiny_experiment.config, run={"cohort": 3}))) == 3
 
 
+def test_padding_is_not_multiplied_by_itself(tiny_config, tiny_models):
+    """On a CPU, where it costs more than a larger batch gains."""
+    experiment = build(changed(tiny_config, model={"name": str(tiny_models("gpt2")), "device": "cpu"}))
+    assert why_alone(experiment.learner, experiment.config) is None and choose_size(experiment) == 1
+    assert choose_size(replace(experiment, config=changed(experiment.config, run={"cohort": 3}))) == 3
+
+
 def test_memory_is_as_predicted(minilm):
     """What the backward of one client's batches keeps, counted, is 70 to 130 % of the formula."""
-    kept: dict[int, int] = {}
-    frozen = {parameter.untyped_storage().data_ptr() for parameter in minilm.learner.model.parameters()}
-
-    def keep(tensor):
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in frozen and tensor.is_floating_point():
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
     rng = np.random.default_rng(0)
-    batches = length_grouped_batches(minilm.train.lengths, np.arange(144), 8, rng)
+    parameters = 16 * sum(p.numel() for p in minilm.learner.trainable.values())
     ratios = []
-    for indices in batches:
-        kept.clear()
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            total = losses(minilm.learner.model, minilm.train.batch(indices)).sum()
+    for indices in length_grouped_batches(minilm.train.lengths, np.arange(144), 8, rng):
         share = minilm.train.lengths[indices].sum() / (8 * minilm.train.lengths.mean())
-        parameters = 16 * sum(p.numel() for p in minilm.learner.trainable.values())
-        ratios.append(sum(kept.values()) / ((memory_of_client(minilm) - parameters) * share))
-        del total
+        ratios.append(bytes_kept(minilm, indices) / ((memory_of_client(minilm) - parameters) * share))
     assert 0.7 < np.mean(ratios) < 1.3

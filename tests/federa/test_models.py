@@ -92,9 +92,21 @@ def test_dropout_is_off_and_says_so_in_every_module(load, family, pooling):
 
 @families
 def test_dropout_is_what_was_asked_for(load, family):
-    model = load(family, dropout=0.5)
-    assert {m.p for m in model.modules() if isinstance(m, torch.nn.Dropout)} <= {0.5}  # Llama has its in the attention
-    assert not torch.allclose(model.train()(**batch()).logits, model.eval()(**batch()).logits)
+    """Of hidden states, of attention's weights, of both; Llama and Qwen have the second kind only."""
+
+    def rates(model) -> set[float]:
+        return {module.p for module in model.modules() if isinstance(module, torch.nn.Dropout)}
+
+    attention = load(family, attention_dropout=0.25)
+    assert rates(attention) == (set() if family in ("llama", "qwen3") else {0.0, 0.25})
+    assert not torch.allclose(attention.train()(**batch()).logits, attention.eval()(**batch()).logits)
+    if family in ("llama", "qwen3"):
+        with pytest.raises(InputError, match=f"dropout: must be 0 for a model of type {family}, which has none such"):
+            load(family, dropout=0.5)
+    else:
+        assert rates(load(family, dropout=0.5)) == {0.0, 0.5}
+        assert rates(load(family, dropout=0.5, attention_dropout=0.25)) == {0.25, 0.5}
+        assert rates(load(family, dropout=0.5, attention_dropout=0.5)) == {0.5}
 
 
 @families

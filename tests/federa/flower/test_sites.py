@@ -53,7 +53,7 @@ def the_site(tmp_path_factory):
 
 
 METHODS = {
-    "lora, FedAdam": {"method": {"name": "lora"}, "server": {"optimizer": "fedadam"}},
+    "dropout, FedAdam": {"model": {"dropout": 0.1}, "method": {"name": "lora"}, "server": {"optimizer": "fedadam"}},
     "FedEx, which moves the base": {"method": {"name": "federa"}, "server": {"aggregation": "fedex"}},
     "RoLoRA, by turns": {"method": {"name": "rolora"}},
     "SCAFFOLD": {"client": {"control_variates": True, "optimizer": "sgd", "lr": 0.01}},
@@ -63,7 +63,7 @@ METHODS = {
 }
 
 
-QUICK = ("lora, FedAdam", "FedEx, which moves the base")
+QUICK = ("dropout, FedAdam", "FedEx, which moves the base")
 
 
 class Outcome(NamedTuple):

@@ -119,7 +119,10 @@ def test_the_head_is_what_the_task_brings(config_of, family, task):
     assert not [name for name in learner.broadcast.factors if name.split(".")[0] in (*heads, "lm_head")]
 
 
-@pytest.mark.parametrize(("family", "task"), [*(("bert", task) for task in HEADS), ("llama", "causal-lm")])
+@pytest.mark.parametrize(
+    ("family", "task"),
+    [*(("bert", task) for task in HEADS), ("deberta-v2", "question-answering"), ("llama", "causal-lm")],
+)
 def test_clients_of_a_cohort_train_as_alone(config_of, family, task):
     """Targets of tokens, of spans and of answers, over packed rows and padded ones: within 2e-5 of the whole update.
 
