@@ -1,0 +1,66 @@
+"""What the GPU path needs beside products: panels made orthonormal and small eigenproblems, a batch in few launches.
+
+Kernels of csrc/cuda where they are built, and the same in torch where they are not and on every other device.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._extension import load_extension
+from . import krylov
+
+WIDEST = 136  # columns of a panel: what is kept of its Gram matrix fits the shared memory of sm_80
+
+
+def _module(panel: Tensor) -> Any:
+    """The extension where it has kernels for this panel, or None."""
+    module = load_extension()
+    if panel.device.type != "cuda" or panel.shape[-1] > WIDEST or not hasattr(module, "cholesky_qr"):
+        return None
+    return module
+
+
+def orthonormalise(Y: Tensor, noise: Tensor, Q: Tensor) -> Tensor:
+    """Cholesky-QR with a Gram matrix in float64, Y = Q R, written to Q; columns of nothing become those of `noise`.
+
+    Y (G,K,b), noise (K,b), Q (G,K,b), all float32 or float64 with rows of stride 1, Q may be Y;
+    R (G,b,b) float64, upper triangular, rows of zeros where Y had nothing
+    """
+    if module := _module(Y):
+        G, K, b = Y.shape
+        R = Y.new_empty(G, b, b, dtype=torch.float64)
+        work = Y.new_empty(module.cholesky_qr_work(G, K, b), dtype=torch.float64)
+        panels = (value for panel in (Y, Q) for value in (panel.data_ptr(), panel.stride(0), panel.stride(1)))
+        module.cholesky_qr(
+            Y.dtype == torch.float64, G, K, b, *panels, noise.data_ptr(), R.data_ptr(), work.data_ptr(), _stream(Y)
+        )
+        return R
+    found, R = krylov._orthonormalise(Y)
+    dead = R.diagonal(dim1=-2, dim2=-1) == 0
+    Q.copy_(torch.where(dead[:, None, :], noise, found))
+    return R
+
+
+def eigenpairs(H: Tensor) -> tuple[Tensor, Tensor]:
+    """Of symmetric H (G,n,n) float64: values (G,n), descending, and vectors (G,n,n), as columns."""
+    if module := _module(H):
+        G, n, _ = H.shape
+        H = H.contiguous()
+        values, vectors = H.new_empty(G, n), torch.empty_like(H)
+        module.symmetric_eigenpairs(G, n, H.data_ptr(), values.data_ptr(), vectors.data_ptr(), _stream(H))
+        return values, vectors
+    values, vectors = torch.linalg.eigh((H + H.mT) / 2)
+    return values.flip(-1), vectors.flip(-1)
+
+
+def product(A: Tensor, X: Tensor) -> Tensor:
+    """A X (G,N,b) float32 of A (G,N,K) and X (G,K,b), both bfloat16 or both float16, summed in float32."""
+    if A.device.type == "cuda":
+        return torch.bmm(A, X, out_dtype=torch.float32)
+    return torch.bmm(A.float(), X.float())
+
+
+def _stream(tensor: Tensor) -> int:
+    return torch.cuda.current_stream(tensor.device).cuda_stream
