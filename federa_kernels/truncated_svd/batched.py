@@ -1,33 +1,35 @@
-"""The GPU path: all matrices of one shape at once, in a fixed number of launches without a look at what they find.
+"""The GPU path: all matrices of one shape at once, in a fixed number of launches that look at nothing they find.
 
 Block Lanczos on A^T A with full reorthogonalisation, as krylov.py's but for a fixed number of steps; the leading
 eigenpairs of the projected matrix by Chebyshev iteration (Zhou and Saad 2007); Rayleigh-Ritz on A V, and a bound on the
 loss from measured residuals. What is no product of matrices is a panel or an eigenproblem as small as a block.
 """
 
+import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import cuda, krylov
+from . import cuda, krylov, reference
 
 OVERSAMPLING = 8  # beside R columns a block: memory decides on a GPU, so wide blocks and few readings of A
-STEPS = 10  # 768x768 to 4096x4096 with realistic spectra, R = 16: loss 5e-7 at most
 ROUNDS, DEGREE = 5, 6  # of the Chebyshev iteration: 30 products with the projected matrix
-STEEP = 2.5
+STEEP = 2.5  # where Ritz values far above the rest are moved to, which fill -1 to 1
 LIFT = 256.0  # brings columns of norm 1 out of what float16 rounds to multiples of 6e-8
+RUNS = 2  # each from what the one before found
 MOST_BYTES = 2**31  # of copies at a time
 
 
 class Leading(NamedTuple):
-    """Of a batch A (G,N,K), N >= K.
+    """Of a batch A (G,N,K) with N >= K.
 
-    U          (G,N,R)  orthonormal columns
-    S          (G,R)    descending
-    V          (G,K,b)  orthonormal columns, of which the first R are the right singular vectors
-    residual   (G,)     float64, max(||A V - U S||, ||A^T U - V S||) / ||A||
-    lost       (G,)     float64, the bound on the loss; infinite where nothing can be said
+    U         (G,N,R)  orthonormal columns
+    S         (G,R)    descending
+    V         (G,K,b)  orthonormal columns, of which the first R are the right singular vectors
+    residual  (G,)     float64, max(||A V - U S||, ||A^T U - V S||) / ||A||
+    lost      (G,)     float64, the bound on the loss; infinite or NaN where nothing can be said
     """
 
     U: Tensor
@@ -37,47 +39,64 @@ class Leading(NamedTuple):
     lost: Tensor
 
 
-class Products:
-    """`scale` A times panels in float32; a panel is split in parts of 16 bits where A has 16.
+def takes(A: Tensor, rank: int) -> bool:
+    """Whether a matrix (N,K) is for a GPU and leaves a basis room; smaller ones are little work for a direct method."""
+    return A.device.type == "cuda" and A.dtype != torch.float64 and min(A.shape) >= 16 * (rank + OVERSAMPLING)
 
-    Such products are exact in float32: with two parts they are as good as float32 for an iteration, with three equal.
+
+def most(A: Tensor) -> int:
+    """How many like it to take at a time."""
+    return max(1, MOST_BYTES // (A.dtype.itemsize * A.numel()))
+
+
+def steps_for(n: int, rank: int, goal: float) -> int:
+    """10 for 384x384, 11 for 768x768, 13 for 4096x4096 at 1e-6; one more divides the bound by about 16.
+
+    Bounds at 1e-6, R = 16: MiniLM's matrices 6e-8, realistic spectra at 768 2e-8, at 2048 1e-7, at 4096 1e-12.
+    """
+    steps = n.bit_length() - 4 + math.ceil(-math.log(goal, 16))
+    return max(2, min(steps, n // (rank + OVERSAMPLING) - 1))
+
+
+class Products:
+    """`scale` A times panels in float32; where A has 16 bits, panels are split into parts of 16 bits.
+
+    Such products are exact in float32: in an iteration two parts do as well as float32, three parts are float32.
     """
 
     def __init__(self, A: Tensor, norms: Tensor):
         self.A = A
-        exponents = -torch.frexp(norms)[1] if A.dtype != torch.float32 else torch.zeros_like(norms)
+        exponents = torch.zeros_like(norms) if A.dtype == torch.float32 else -torch.frexp(norms)[1]
         self.scale = torch.ldexp(torch.ones_like(norms), exponents)[:, None, None]
 
     def __call__(self, X: Tensor, *, transposed: bool = False, parts: int = 2) -> Tensor:
         A = self.A.mT if transposed else self.A
         if A.dtype == torch.float32:
             return torch.bmm(A, X)
-        G, rows, b = X.shape
-        split, rest = X.new_empty(G, rows, parts, b, dtype=A.dtype), X * LIFT
+        split = X.new_empty(*X.shape[:2], parts, X.shape[2], dtype=A.dtype)
+        rest = X * LIFT
         for part in split.unbind(2):
             part.copy_(rest)
             rest = rest - part
-        return cuda.product(A, split.flatten(2)).unflatten(2, (parts, b)).sum(2).mul_(self.scale / LIFT)
+        return cuda.product(A, split.flatten(2)).unflatten(2, (parts, -1)).sum(2).mul_(self.scale / LIFT)
 
 
 def _projected(A: Products, start: Tensor, noise: Tensor, steps: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Basis (G,K,steps b) of the Krylov space of start (G,K,b), the projected A^T A in float64, whether all is well."""
+    """The Krylov space of start (G,K,b): basis (G,K,steps b), A^T A projected to it in float64, and whether each block
+    came out orthogonal to the others (G,)."""
     G, K, b = start.shape
-    basis = start.new_empty(G, K, steps * b)
-    inner = start.new_empty(G, steps, b, b)
+    basis, inner = start.new_empty(G, K, steps * b), start.new_empty(G, steps, b, b)
     first, second = (start.new_empty(G, steps, b, b, dtype=torch.float64) for _ in range(2))
     Y = start
     for step in range(steps):
-        here, known = slice(step * b, (step + 1) * b), basis[..., : step * b]
+        known, block = basis[..., : step * b], basis[..., step * b : (step + 1) * b]
         fresh = noise[step : step + K]
-        if step:
-            Y = torch.baddbmm(Y, known, known.mT @ Y, alpha=-1)
-        Q = torch.empty_like(start)
-        first[:, step] = cuda.orthonormalise(Y, fresh, Q)
-        if step:
-            Q = torch.baddbmm(Q, known, known.mT @ Q, alpha=-1)
-        second[:, step] = cuda.orthonormalise(Q, fresh, basis[..., here])
-        W = A(basis[..., here])
+        for factors, Q in ((first, start.new_empty(G, K, b)), (second, block)):
+            if step:
+                Y = torch.baddbmm(Y, known, known.mT @ Y, alpha=-1)
+            factors[:, step] = cuda.orthonormalise(Y, fresh, Q)
+            Y = Q
+        W = A(block)
         inner[:, step] = W.mT @ W
         if step + 1 < steps:
             Y = A(W, transposed=True)
@@ -93,20 +112,19 @@ def _projected(A: Products, start: Tensor, noise: Tensor, steps: int) -> tuple[T
 def _ritz_vectors(H: Tensor, b: int, noise: Tensor) -> tuple[Tensor, Tensor]:
     """The leading eigenvectors (G,m,b) of a positive semidefinite H (G,m,m) float64; what their values gained last.
 
-    Starts from the first b unit vectors, which are the first block of the basis. Filters by Chebyshev polynomials on
-    [0, the least Ritz value], between which Ritz vectors are taken. Those that are found and lie far above the rest are
-    moved down to STEEP: the filter would raise what is left of them in others.
+    From the first b unit vectors, which stand for the first block of the basis. Filters by Chebyshev polynomials on [0,
+    the least Ritz value], between which Ritz vectors are taken. Those that are found and lie far above the rest are
+    moved down to STEEP: the filter would raise what is left of them in others above everything else.
     """
     G, m, _ = H.shape
     X = torch.eye(m, b, dtype=H.dtype, device=H.device).expand(G, -1, -1)
-    before = H.new_zeros(G, b)
+    theta = H.new_zeros(G, b)
     for turn in range(ROUNDS + 1):
-        image = H @ X
+        image, before = H @ X, theta
         theta, rotation = cuda.eigenpairs(X.mT @ image)
         X = X @ rotation
         if turn == ROUNDS:
             break
-        before = theta
         cut = torch.maximum(theta[:, -1:], 1e-8 * theta[:, :1]).clamp(min=1e-300)
         level = theta * (2 / cut) - 1
         off = torch.linalg.vector_norm(image @ rotation - X * theta[:, None], dim=1)
@@ -123,31 +141,77 @@ def _ritz_vectors(H: Tensor, b: int, noise: Tensor) -> tuple[Tensor, Tensor]:
     return X, (theta - before).abs()
 
 
+def random_rows(K: int, b: int, device: torch.device) -> Tensor:
+    """(K + K // 4, b): rows 0 to K are a block to start from, others stand in where a block finds nothing new."""
+    return (krylov.uniform(0, K + K // 4, b) * 2.0 ** -(K.bit_length() // 2)).to(device, torch.float32)
+
+
 def leading_fixed(A: Tensor, start: Tensor, noise: Tensor, rank: int, steps: int) -> Leading:
+    """The R leading singular triplets of each of a batch, with the bound on their loss that was measured.
+
+    A      (G,N,K)  N >= K; float32, bfloat16 or float16, which is not copied
+    start  (G,K,b)  float32, R < b: random_rows(...)[:K], or the V of an earlier call
+    noise           random_rows(K, b, device)
+
+    Never synchronises, and launches depend on shapes alone: with the kernels of csrc/cuda the call can be captured in a
+    CUDA graph (torch's eigh, which replaces them elsewhere, waits for the device). 2 steps + 1 readings of A.
+    """
     norms = torch.linalg.vector_norm(A, dim=(1, 2), dtype=torch.float32)
     times = Products(A, norms)
     basis, H, sound = _projected(times, start, noise, steps)
     X, gained = _ritz_vectors(H, start.shape[-1], noise.double())
     V = basis @ X.to(basis.dtype)
-    for window in range(2):
-        excess = cuda.orthonormalise(V, noise[window:][: V.shape[1]], V)
-    sound &= excess.diagonal(dim1=-2, dim2=-1).amin(-1) > 0.9
+    for _ in range(2):
+        R = cuda.orthonormalise(V, noise[: V.shape[1]], V)
     W = times(V, parts=3)
     wide = W.double()
     theta, rotation = cuda.eigenpairs(wide.mT @ wide)
     theta = theta.clamp(min=0)
-    sound &= theta[:, rank - 1] > 1e-8 * theta[:, 0]
-    S = theta[:, :rank].clamp(min=torch.finfo(torch.float64).tiny).sqrt()
-    images = wide @ rotation[:, :, :rank]
-    U = (images / S[:, None]).to(V.dtype)
-    V = (V.double() @ rotation).to(V.dtype)
-    S32 = S.to(V.dtype)
-    back = times(U, transposed=True, parts=3) - V[..., :rank] * S32[:, None]
-    left = torch.linalg.vector_norm(back, dim=1, dtype=torch.float64)
-    right = torch.linalg.vector_norm(images - U * S32[:, None].double(), dim=(1, 2))
-    residual = torch.maximum(torch.linalg.vector_norm(left, dim=1), right)
-    lost = krylov.energy_bound(S.square(), S * left, theta[:, rank] + gained[:, rank])
-    lost = lost + gained[:, :rank].sum(-1) / S.square().sum(-1)
-    unscale = 1 / times.scale[:, 0].double()
-    sound &= (norms > 1e-12) & (norms < 1e12)
-    return Leading(U, (S * unscale).to(V.dtype), V, residual * unscale[:, 0] / norms, lost.masked_fill(~sound, torch.inf))
+    sound = sound & (R.diagonal(dim1=-2, dim2=-1).amin(-1) > 0.9) & (theta[:, rank - 1] > 1e-8 * theta[:, 0])
+    sound = sound & (norms > 1e-12) & (norms < 1e12)
+    values = theta[:, :rank].clamp(min=torch.finfo(torch.float64).tiny).sqrt()
+    image, V = wide @ rotation[..., :rank], (V.double() @ rotation).to(V.dtype)
+    U, S = (image / values[:, None]).to(V.dtype), values[:, None].to(V.dtype)
+    left = torch.linalg.vector_norm(times(U, transposed=True, parts=3) - V[..., :rank] * S, dim=1, dtype=torch.float64)
+    right = torch.linalg.vector_norm(image - U * S, dim=(1, 2))
+    lost = krylov.energy_bound(values.square(), values * left, theta[:, rank] + gained[:, rank])
+    lost = lost + gained[:, :rank].sum(-1) / theta[:, :rank].sum(-1)
+    scale = times.scale[:, 0, 0]
+    residual = torch.maximum(torch.linalg.vector_norm(left, dim=1), right) / (norms * scale)
+    return Leading(U, S[:, 0] / scale[:, None], V, residual, lost.masked_fill(~sound, torch.inf))
+
+
+def factor(matrices: Sequence[Tensor], rank: int, goal: float) -> list[tuple[Tensor, ...] | None]:
+    """(U, S, Vh, residual, matvecs, certified) of each; None where the bound on the loss is not below `goal`.
+
+    matrices  of one device and dtype, (N,K) or (K,N)
+
+    Waits for the device once a run; what nearly converged gets a second one, which goes on from the first.
+    """
+    tall = [A if A.shape[0] >= A.shape[1] else A.mT for A in matrices]
+    A = torch.stack(tall) if len(tall) > 1 else tall[0][None]
+    G, _, K = A.shape
+    b, steps = rank + OVERSAMPLING, steps_for(K, rank, goal)
+    noise = random_rows(K, b, A.device)
+    found = leading_fixed(A, noise[:K].expand(G, -1, -1), noise, rank, steps)
+    matvecs = torch.full((G,), 2 * b * steps + rank, dtype=torch.int64, device=A.device)
+    lost = found.lost.tolist()
+    for _ in range(RUNS - 1):
+        again = [g for g, bound in enumerate(lost) if goal < bound < math.inf]
+        if not again:
+            break
+        which = torch.tensor(again, device=A.device)
+        more = leading_fixed(A if len(again) == G else A[which], found.V[which], noise, rank, steps)
+        for whole, part in zip(found, more, strict=True):
+            whole[which] = part
+        matvecs[which] += 2 * b * steps + rank
+        lost = found.lost.tolist()
+    Vh, certified = found.V[..., :rank].mT, found.lost <= goal
+    sides = {turned: reference.canonical_signs(*((Vh.mT, found.U.mT) if turned else (found.U, Vh)))
+             for turned in {each is not A for each, A in zip(tall, matrices, strict=True)}}  # fmt: skip
+    results: list[tuple[Tensor, ...] | None] = []
+    for g, bound in enumerate(lost):
+        left, right = sides[tall[g] is not matrices[g]]
+        measured = found.residual[g], matvecs[g], certified[g]
+        results.append((left[g], found.S[g], right[g], *measured) if bound <= goal else None)
+    return results

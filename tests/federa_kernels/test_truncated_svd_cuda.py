@@ -5,8 +5,10 @@ import ctypes
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from federa_kernels.truncated_svd import cuda
+from federa_kernels.truncated_svd import batched, cuda, reference
 
 from .emulated import ORDERS, Emulated, build
 
@@ -143,3 +145,64 @@ def test_what_fits_no_shared_memory_is_refused(kernels):
         cuda.eigenpairs(normal(1, 137, 137))
     with pytest.raises(RuntimeError, match="sizes out of range"):
         orthonormalised(normal(1, 200, 137))
+
+
+# The path that GPUs take.
+
+
+@pytest.fixture
+def batches(monkeypatch):
+    """CPU tensors take it too."""
+    monkeypatch.setattr(batched, "takes", lambda A, rank: min(A.shape) >= 16 * (rank + batched.OVERSAMPLING))
+
+
+KINDS = ("flat", "geometric", "power", "clustered", "spiked", "deficient", "zero")
+
+
+def leading(A, rank, steps):
+    norms = A.float().norm(dim=(1, 2))
+    noise = batched.random_rows(A.shape[2], rank + batched.OVERSAMPLING, A.device)
+    return batched.leading_fixed(A, noise[: A.shape[2]].expand(len(A), -1, -1), noise, rank, steps), norms
+
+
+def loss(A, U, Vh, S):
+    """1 - captured / optimal energy in float64."""
+    A, U, S, Vh = (t.double() for t in (A, U, S, Vh))
+    energy = torch.linalg.svdvals(A).square()
+    optimum = energy[: len(S)].sum()
+    return float(1 - (energy.sum() - (A - (U * S) @ Vh).square().sum()) / optimum) if optimum > 0 else 0.0
+
+
+@st.composite
+def batches_of_matrices(draw):
+    rank = draw(st.integers(1, 6))
+    K = draw(st.integers(16 * (rank + 8), 16 * (rank + 8) + 40))
+    N = K + draw(st.integers(0, 80))
+    several = [
+        matrix_of(draw(st.sampled_from(KINDS)), N, K, draw(st.floats(0, 1)), draw(st.integers(0, 2**31)))
+        * 10.0 ** draw(st.sampled_from((0, 0, -30, -11, 11, 30)))
+        for _ in range(draw(st.integers(1, 3)))
+    ]
+    return torch.stack(several).to(draw(st.sampled_from((torch.float32, torch.bfloat16)))), rank
+
+
+def check_the_certificate(case):
+    """What is certified has lost no more than the bound, orthonormal factors and the residual it says."""
+    A, rank = case
+    results = batched.factor([*A], rank, 1e-6)
+    for matrix, found in zip(A, results, strict=True):
+        if found is None:
+            continue
+        U, S, Vh, residual, matvecs, certified = found
+        assert certified and matvecs > 0 and (S[:-1] >= S[1:]).all()
+        assert loss(matrix, U, Vh, S) <= 1e-6
+        assert excess(U) <= 2e-6 and excess(Vh.mT) <= 2e-6
+        assert float(reference.residual(matrix, U, S, Vh)) <= 1.01 * float(residual) + 1e-6
+
+
+test_certified_means_found = settings(max_examples=40, deadline=None)(
+    given(batches_of_matrices())(check_the_certificate)
+)
+test_certified_means_found_often = pytest.mark.exhaustive(
+    settings(max_examples=3000, deadline=None)(given(batches_of_matrices())(check_the_certificate))
+)
