@@ -45,10 +45,12 @@ struct alignas(8) float2 {
 struct alignas(16) float4 {
     float x, y, z, w;
 };
-struct alignas(16) uint4 {
+struct __attribute__((may_alias, aligned(16))) uint4 {
     unsigned x, y, z, w;
 };
 using cudaStream_t = void*;
+
+using std::isfinite, std::max, std::min;
 
 inline dim3 threadIdx, blockIdx, blockDim, gridDim;
 constexpr int warpSize = 32;

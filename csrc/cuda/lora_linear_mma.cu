@@ -1,0 +1,660 @@
+#include "cuda/lora_linear_mma.h"
+
+#include <type_traits>
+
+#include "cuda/launch.h"
+#include "cuda/ptx.h"
+
+namespace federa::mma_kernels {
+namespace {
+
+constexpr int pad = 8;                      // entries after each row of a tile: 8 rows of 16 bytes meet no bank twice
+constexpr int shared_limit = 99 * 1024;     // bytes that a block may have on every GPU from sm_80 on
+constexpr int band = 8;                     // row tiles that go over the columns together, so that they meet in L2
+
+__host__ __device__ constexpr Index least(Index a, Index b) { return a < b ? a : b; }
+__host__ __device__ constexpr Index most(Index a, Index b) { return a > b ? a : b; }
+__host__ __device__ constexpr Index blocks(Index size, Index block) { return (size + block - 1) / block; }
+
+template <class T>
+__device__ T rounded(float value) {
+    if constexpr (std::is_same_v<T, __half>)
+        return __float2half_rn(value);
+    else
+        return __float2bfloat16_rn(value);
+}
+
+__device__ inline float entry(const void* data, Index kind, Index at) {
+    if (kind == float32) return static_cast<const float*>(data)[at];
+    if (kind == bfloat16) return __bfloat162float(static_cast<const __nv_bfloat16*>(data)[at]);
+    if (kind == float16) return __half2float(static_cast<const __half*>(data)[at]);
+    return static_cast<float>(static_cast<const double*>(data)[at]);
+}
+
+__device__ inline float as_float(__nv_bfloat16 value) { return __bfloat162float(value); }
+__device__ inline float as_float(__half value) { return __half2float(value); }
+
+template <class T>
+constexpr Kind kind_of = std::is_same_v<T, __half> ? float16 : bfloat16;
+
+// ---- Clients: as in triton_kernels.py ----
+
+// The client who has this row: the first one whose rows end after it.
+__device__ inline int client_of(Index row, const Segments& of) {
+    int low = 0, high = static_cast<int>(of.C) - 1;
+    while (low < high) {
+        const int middle = (low + high) / 2;
+        if (of.offsets[middle + 1] > row)
+            high = middle;
+        else
+            low = middle + 1;
+    }
+    return low;
+}
+
+// First and last client with rows in [start, stop).
+struct ClientRange {
+    int first = 0, last = 0;
+
+    __device__ ClientRange(const Segments& of, Index start, Index stop) {
+        if (of.offsets) first = client_of(start, of), last = client_of(stop - 1, of);
+    }
+    __device__ bool several() const { return first != last; }
+};
+
+// One client's rows within [start, stop), counted from start, and what is its own.
+struct Client {
+    int begin, end, rank;
+    float scale;
+
+    __device__ Client(const Segments& of, int c, Index start, Index stop, Index R, double scale_of_all) {
+        begin = 0, end = static_cast<int>(stop - start);
+        if (of.offsets) {
+            begin = static_cast<int>(most(of.offsets[c], start) - start);
+            end = static_cast<int>(least(of.offsets[c + 1], stop) - start);
+        }
+        rank = static_cast<int>(of.ranks ? least(of.ranks[c], R) : R);
+        scale = of.scalings ? of.scalings[c] : static_cast<float>(scale_of_all);
+    }
+    __device__ bool has(int row) const { return begin <= row && row < end; }
+};
+
+// ---- Tiles in shared memory ----
+
+__device__ inline int entry_bytes(Index kind) { return kind == float64 ? 8 : kind == float32 ? 4 : 2; }
+
+struct Matrix {
+    const void* data;
+    Index kind, stride_row, stride_column;
+
+    // From this entry on.
+    __device__ Matrix at(Index row, Index column) const {
+        const Index entries = row * stride_row + column * stride_column;
+        return {static_cast<const char*>(data) + entries * entry_bytes(kind), kind, stride_row, stride_column};
+    }
+};
+
+// A right operand with entries (depth, column) as its tiles lie; ALIGNED: what is known then.
+template <class P>
+__device__ Matrix right_operand(const void* data, Index kind, Index stride_depth, Index stride_column) {
+    const Index row = P::deep ? stride_depth : stride_column, column = P::deep ? stride_column : stride_depth;
+    return P::aligned ? Matrix{data, kind_of<typename P::T>, row, 1} : Matrix{data, kind, row, column};
+}
+
+// Whether every row of T starts on 16 bytes.
+template <class T>
+__host__ __device__ bool is_aligned(const Matrix& m) {
+    return m.kind == kind_of<T> && m.stride_column == 1 && m.stride_row % 8 == 0 &&
+           reinterpret_cast<std::uintptr_t>(m.data) % 16 == 0;
+}
+
+// tile (ROWS, COLUMNS), its rows COLUMNS + pad apart = the first entries of the matrix, zero in rows outside
+// [first, last) and in columns from `width` on. Aligned ones come asynchronously, 16 bytes at a time, others entry by
+// entry: wait for the copies, then a barrier. ALIGNED: it is known to be so.
+template <class T, bool ALIGNED, int ROWS, int COLUMNS, int THREADS>
+__device__ void load_tile(T* tile, const Matrix& from, int first, int last, int width) {
+    constexpr int vectors = COLUMNS / 8, step = THREADS / vectors;
+    static_assert(THREADS % vectors == 0 && ROWS % step == 0);
+    const int r = threadIdx.x / vectors, c = threadIdx.x % vectors * 8, there = max(min(width - c, 8), 0);
+    T* const to = tile + r * (COLUMNS + pad) + c;
+    if (ALIGNED || is_aligned<T>(from)) {
+        const T* const data = static_cast<const T*>(from.data);
+#pragma unroll 4
+        for (int i = 0; i < ROWS; i += step) {
+            const int here = first <= r + i && r + i < last ? there : 0;
+            copy_async(to + i * (COLUMNS + pad), here ? data + (r + i) * from.stride_row + c : data, 2 * here);
+        }
+    } else {
+#pragma unroll 1
+        for (int i = 0; i < ROWS; i += step) {
+            const int here = first <= r + i && r + i < last ? there : 0;
+#pragma unroll 1
+            for (int e = 0; e < 8; ++e) {
+                const Index at = (r + i) * from.stride_row + (c + e) * from.stride_column;
+                to[i * (COLUMNS + pad) + e] = rounded<T>(e < here ? entry(from.data, from.kind, at) : 0.0f);
+            }
+        }
+    }
+}
+
+// Fragments of a 16 x 16 block at (row, column) of a tile whose rows are `stride` apart. As it lies it is the left
+// operand, or two neighbouring right ones of its transpose; transposed it is the left operand of its transpose.
+// `right` is two neighbouring right operands of a block that lies (depth, column).
+template <class T>
+__device__ void load_block(std::uint32_t (&r)[4], const T* tile, int stride, int row, int column) {
+    const int lane = threadIdx.x % 32;
+    ldmatrix(r, tile + (row + lane % 16) * stride + column + lane / 16 * 8);
+}
+
+template <class T>
+__device__ void load_right_of_rows(std::uint32_t (&r)[4], const T* tile, int stride, int row, int column) {
+    const int lane = threadIdx.x % 32;  // block (column of the product, depth)
+    ldmatrix(r, tile + (row + lane / 16 * 8 + lane % 8) * stride + column + lane / 8 % 2 * 8);
+}
+
+template <class T>
+__device__ void load_left_of_columns(std::uint32_t (&r)[4], const T* tile, int stride, int row, int column) {
+    const int lane = threadIdx.x % 32;  // block (depth, row of the product)
+    ldmatrix_transposed(r, tile + (row + lane / 16 * 8 + lane % 8) * stride + column + lane / 8 % 2 * 8);
+}
+
+template <class T>
+__device__ void load_right_of_columns(std::uint32_t (&r)[4], const T* tile, int stride, int row, int column) {
+    const int lane = threadIdx.x % 32;  // block (depth, column of the product)
+    ldmatrix_transposed(r, tile + (row + lane % 16) * stride + column + lane / 16 * 8);
+}
+
+// Where entry e of a 16 x 8 fragment of sums lies.
+__device__ inline int row_of(int e) { return threadIdx.x % 32 / 4 + e / 2 * 8; }
+__device__ inline int column_of(int e) { return threadIdx.x % 4 * 2 + e % 2; }
+
+// ---- The product of a tile, BM x BN, over any depth in steps of BK ----
+
+// DEEP: the right operand's tiles lie (BK, BN), along N in memory; else (BN, BK), along the depth.
+template <class Type, int BM_, int BN_, int BK_, int WARPS_M, int WARPS_N, int STAGES, bool DEEP, bool ALIGNED>
+struct Product {
+    using T = Type;
+    static constexpr int BM = BM_, BN = BN_, BK = BK_, threads = 32 * WARPS_M * WARPS_N;
+    static constexpr bool deep = DEEP, aligned = ALIGNED;
+    static constexpr int last_stage = STAGES - 1;
+    static constexpr int WM = BM / WARPS_M, WN = BN / WARPS_N;
+    static constexpr int left_entries = BM * (BK + pad), right_stride = DEEP ? BN + pad : BK + pad;
+    static constexpr int right_entries = (DEEP ? BK : BN) * right_stride;
+    static constexpr int bytes = most(STAGES * (left_entries + right_entries), BM * (BN + pad)) * 2;
+    static_assert(bytes <= shared_limit && WM % 16 == 0 && WN % 16 == 0 && BK % 16 == 0);
+
+    float acc[WM / 16][WN / 8][4] = {};
+
+    static __device__ T* left(int stage) { return reinterpret_cast<T*>(shared_memory()) + stage * left_entries; }
+    static __device__ T* right(int stage) { return left(STAGES) + stage * right_entries; }
+    static __device__ int warp_row() { return threadIdx.x / 32 / WARPS_N * WM; }
+    static __device__ int warp_column() { return threadIdx.x / 32 % WARPS_N * WN; }
+
+    template <int DEPTH>
+    __device__ void multiply(const T* a, const T* b) {
+#pragma unroll
+        for (int k = 0; k < DEPTH; k += 16) {
+            std::uint32_t columns[WN / 16][4];
+#pragma unroll
+            for (int j = 0; j < WN / 16; ++j) {
+                if constexpr (DEEP)
+                    load_right_of_columns(columns[j], b, right_stride, k, warp_column() + 16 * j);
+                else
+                    load_right_of_rows(columns[j], b, right_stride, warp_column() + 16 * j, k);
+            }
+#pragma unroll
+            for (int i = 0; i < WM / 16; ++i) {
+                std::uint32_t rows[4];
+                load_block(rows, a, BK + pad, warp_row() + 16 * i, k);
+#pragma unroll
+                for (int j = 0; j < WN / 8; ++j)
+                    mma<T>(acc[i][j], rows, columns[j / 2][j % 2 * 2], columns[j / 2][j % 2 * 2 + 1]);
+            }
+        }
+    }
+
+    // Adds rows (.., depth) weight, which begin at this tile: the rows [first, last) of it and `width` columns. The
+    // weight lies as its tiles do. `between` runs once the first copies are under way and has the last stage for itself.
+    template <class Between>
+    __device__ void add(const Matrix& rows, int first, int last, const Matrix& weight, int width, int depth,
+                        Between between) {
+        const int steps = (depth + BK - 1) / BK;
+        const auto load = [&](int step) {
+            const int from = step * BK, stage = step % STAGES;
+            load_tile<T, ALIGNED, BM, BK, threads>(left(stage), rows.at(0, from), first, last, depth - from);
+            if constexpr (DEEP)
+                load_tile<T, ALIGNED, BK, BN, threads>(right(stage), weight.at(from, 0), 0, depth - from, width);
+            else
+                load_tile<T, ALIGNED, BN, BK, threads>(right(stage), weight.at(0, from), 0, width, depth - from);
+        };
+        for (int step = 0; step < last_stage; ++step) {
+            if (step < steps) load(step);
+            copy_commit();
+        }
+        between();
+#pragma unroll 1  // more of it at once would hold more registers than there are
+        for (int step = 0; step < steps; ++step) {
+            copy_wait<last_stage - 1>();
+            __syncthreads();  // this step is there for all, and all have left the one before, whose stage is next
+            if (step + last_stage < steps) load(step + last_stage);
+            copy_commit();
+            multiply<BK>(left(step % STAGES), right(step % STAGES));
+        }
+        copy_wait<0>();
+        __syncthreads();
+    }
+
+    // visit(row, column, sum) for each of this thread's sums.
+    template <class Visit>
+    __device__ void each(Visit visit) {
+#pragma unroll
+        for (int i = 0; i < WM / 16; ++i)
+#pragma unroll
+            for (int j = 0; j < WN / 8; ++j)
+#pragma unroll
+                for (int e = 0; e < 4; ++e)
+                    visit(warp_row() + 16 * i + row_of(e), warp_column() + 8 * j + column_of(e), acc[i][j][e]);
+    }
+};
+
+// ---- h = x A^T ----
+
+template <class P>
+__global__ void __launch_bounds__(P::threads, P::BN > 64 ? 2 : 4) down_kernel(const __grid_constant__ Down d) {
+    using T = typename P::T;
+    const Index start = static_cast<Index>(blockIdx.x) * P::BM, stop = least(start + P::BM, d.M);
+    const Index from = blockIdx.y * d.columns, depth = least(d.columns, d.K - from);
+    const Matrix x{d.x, kind_of<T>, d.stride_x, 1};
+    const ClientRange range(d.segments, start, stop);
+    for (int c = range.first; c <= range.last; ++c) {
+        const Client own(d.segments, c, start, stop, d.R, d.scale);
+        const void* const own_A = static_cast<const char*>(d.lora_A) + c * d.stride_c * entry_bytes(d.A_kind);
+        const Matrix A = right_operand<P>(own_A, d.A_kind, d.stride_k, d.stride_r);
+        P product;
+        product.add(x.at(start, from), own.begin, own.end, P::deep ? A.at(from, 0) : A.at(0, from), own.rank, depth,
+                    [] {});
+        product.each([&](int row, int r, float h) {
+            if (own.has(row) && r < d.R) d.parts[(blockIdx.y * d.M + start + row) * d.R + r] = own.scale * h;
+        });
+    }
+}
+
+// ---- y and dx ----
+
+// The low-rank product of one term, in the last stage of P: `components` BK at a time, client by client.
+template <class P>
+__device__ void add_low(P& product, const Gemm& g, const Term& term, typename P::T* low, const ClientRange& range,
+                        Index start, Index stop, Index left) {
+    using T = typename P::T;
+    T *const a = P::left(P::last_stage), *const b = P::right(P::last_stage);
+    for (int c = range.first; c <= range.last; ++c) {
+        const Client own(g.segments, c, start, stop, term.R, term.scale);
+        for (int at = 0; at < term.R; at += P::BK) {
+            const int components = static_cast<int>(least(term.R - at, P::BK)), depth = components > 16 ? P::BK : 16;
+            __syncthreads();  // all have left this stage
+            bool finite = true;
+            for (int i = threadIdx.x; i < depth * P::BN; i += P::threads) {
+                const int r = P::deep ? i / P::BN : i % depth, n = P::deep ? i % P::BN : i / depth;
+                float value = 0.0f;
+                if (at + r < own.rank && left + n < g.N)
+                    value = own.scale * entry(term.factor, term.factor_kind,
+                                              c * term.stride_fc + (at + r) * term.stride_fr + (left + n) * term.stride_fn);
+                T kept = rounded<T>(value);
+                if (range.several() && !isfinite(as_float(kept))) finite = false, kept = rounded<T>(0.0f);
+                b[P::deep ? r * P::right_stride + n : n * P::right_stride + r] = kept;
+            }
+            // NaN or inf in one client's factor must reach its rows only, and 0 * NaN is NaN: so such entries became 0,
+            // and the client's own rows become NaN.
+            const bool lost = range.several() && __syncthreads_or(!finite);
+            for (int i = threadIdx.x; i < P::BM * depth; i += P::threads) {
+                const int row = i / depth, r = i % depth;
+                float h = 0.0f;
+                if (own.has(row) && at + r < own.rank)
+                    for (int s = 0; s < term.S; ++s)
+                        h += term.down[(s * g.M + start + row) * term.stride_down + at + r];
+                const T kept = rounded<T>(h);
+                if (low && own.has(row) && r < components) low[(start + row) * g.stride_low + at + r] = kept;
+                a[row * (P::BK + pad) + r] = lost && own.has(row) ? rounded<T>(NAN) : kept;
+            }
+            __syncthreads();
+            if (depth == 16)
+                product.template multiply<16>(a, b);
+            else
+                product.template multiply<P::BK>(a, b);
+        }
+    }
+}
+
+template <class P>
+__global__ void __launch_bounds__(P::threads, P::BM > 64 ? 2 : 4) gemm_kernel(const __grid_constant__ Gemm g) {
+    using T = typename P::T;
+    const Index tiles_m = blocks(g.M, P::BM), tiles_n = blocks(g.N, P::BN), in_band = band * tiles_n;
+    const Index top = blockIdx.x / in_band * band, height = least(tiles_m - top, band), within = blockIdx.x % in_band;
+    const Index start = (top + within % height) * P::BM, left = within / height * P::BN;
+    const Index stop = least(start + P::BM, g.M);
+    const ClientRange range(g.segments, start, stop);
+    T* low = left == 0 ? static_cast<T*>(g.low) : nullptr;  // the first column of blocks leaves it for later
+
+    P product;
+    for (int p = 0; p < g.P; ++p) {
+        const Term& term = g.terms[p];
+        const Matrix rows{term.rows, kind_of<T>, term.stride_rows, 1};
+        const Matrix weight = right_operand<P>(term.weight, term.weight_kind, term.stride_wd, term.stride_wn);
+        const Matrix own = P::deep ? weight.at(0, left) : weight.at(left, 0);
+        product.add(rows.at(start, 0), 0, stop - start, own, least(g.N - left, P::BN), term.D, [&] {
+            add_low(product, g, term, low, range, start, stop, left);
+        });
+        if (low) low += term.R;
+    }
+
+    if (g.bias) {
+        const bool own_bias = g.stride_bias != 0;
+        for (int c = own_bias ? range.first : 0; c <= (own_bias ? range.last : 0); ++c) {
+            const Client own(own_bias ? g.segments : Segments{}, c, start, stop, 0, 0.0);
+            product.each([&](int row, int column, float& sum) {
+                if (own.has(row) && left + column < g.N)
+                    sum += entry(g.bias, g.bias_kind, c * g.stride_bias + left + column);
+            });
+        }
+    }
+
+    // Through shared memory, so that whole rows are written, 16 bytes at a time where they allow it.
+    constexpr int stride = P::BN + pad, vectors = P::BN / 8;
+    T* const tile = P::left(0);
+    product.each([&](int row, int column, float sum) { tile[row * stride + column] = rounded<T>(sum); });
+    __syncthreads();
+    T* const out = static_cast<T*>(g.out);
+    const bool aligned = g.N % 8 == 0 && reinterpret_cast<std::uintptr_t>(out) % 16 == 0;
+    for (int i = threadIdx.x; i < P::BM * vectors; i += P::threads) {
+        const int row = i / vectors, column = i % vectors * 8;
+        if (start + row >= stop || left + column >= g.N) continue;
+        const T* const from = tile + row * stride + column;
+        T* const to = out + (start + row) * g.N + left + column;
+        if (aligned)
+            *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(from);
+        else
+            for (int e = 0; e < 8 && left + column + e < g.N; ++e) to[e] = from[e];
+    }
+}
+
+// ---- dB, db and dh; dA ----
+
+template <class Type, int RP_, int BN_>
+struct Pass {
+    using T = Type;
+    static constexpr int RP = RP_, BM = 64, BN = BN_, warps = 4, threads = 32 * warps, WN = BN / warps;
+    static constexpr bool wide = RP > 32;  // then dh would need too many registers beside dB
+    static constexpr int rows_entries = BM * (BN + pad), low_entries = BM * (RP + pad), factor_entries = BN * (RP + pad);
+    static constexpr int bytes = 4 * (rows_entries + low_entries), bytes_with_factor = bytes + 2 * factor_entries;
+    static_assert(bytes <= shared_limit && (wide || bytes_with_factor <= shared_limit));
+};
+
+template <class P>
+__global__ void __launch_bounds__(P::threads, 2) columns_kernel(const __grid_constant__ Columns g) {
+    using T = typename P::T;
+    constexpr int RP = P::RP, BM = P::BM, BN = P::BN, WN = P::WN;
+    T* const rows_tiles = reinterpret_cast<T*>(shared_memory());
+    T* const low_tiles = rows_tiles + 2 * P::rows_entries;
+    T* const factor_tile = low_tiles + 2 * P::low_entries;
+    const Index start = blockIdx.y * g.chunk, stop = least(start + g.chunk, g.M);
+    const Index left = static_cast<Index>(blockIdx.x) * BN;
+    const int warp = threadIdx.x / 32, width = least(g.N - left, BN);
+    const Matrix rows{g.rows, kind_of<T>, g.stride_rows, 1}, low{g.low, kind_of<T>, g.stride_low, 1};
+    const ClientRange range(g.segments, start, stop);
+    for (int c = range.first; c <= range.last; ++c) {
+        const Client own(g.segments, c, start, stop, g.R, g.scale);
+        const int steps = static_cast<int>(blocks(own.end - own.begin, BM));
+        const auto load = [&](int step) {
+            const Index at = start + own.begin + step * BM;
+            const int here = own.end - own.begin - step * BM;
+            load_tile<T, false, BM, BN, P::threads>(rows_tiles + step % 2 * P::rows_entries, rows.at(at, left), 0, here, width);
+            if (g.pieces)
+                load_tile<T, false, BM, RP, P::threads>(low_tiles + step % 2 * P::low_entries, low.at(at, 0), 0, here, own.rank);
+        };
+        __syncthreads();  // all have left the client before
+        if (g.dh_parts) {
+            const void* const own_factor = static_cast<const char*>(g.factor) + c * g.stride_c * entry_bytes(g.factor_kind);
+            const Matrix factor{own_factor, g.factor_kind, g.stride_n, g.stride_r};
+            load_tile<T, false, BN, RP, P::threads>(factor_tile, factor.at(left, 0), 0, width, own.rank);
+        }
+        if (steps > 0) load(0);
+        copy_commit();
+        float grads[WN / 16][RP / 8][4] = {};
+        float sums[BN / P::threads] = {};
+#pragma unroll 1
+        for (int step = 0; step < steps; ++step) {
+            copy_wait<0>();
+            __syncthreads();  // this step is there for all, and all have left the one before
+            if (step + 1 < steps) load(step + 1);
+            copy_commit();
+            const T* const tile = rows_tiles + step % 2 * P::rows_entries;
+            const T* const low_tile = low_tiles + step % 2 * P::low_entries;
+            if (g.pieces) {
+#pragma unroll
+                for (int m = 0; m < BM; m += 16) {
+                    std::uint32_t right[RP / 16][4];
+#pragma unroll
+                    for (int j = 0; j < RP / 16; ++j) load_right_of_columns(right[j], low_tile, RP + pad, m, 16 * j);
+#pragma unroll
+                    for (int i = 0; i < WN / 16; ++i) {
+                        std::uint32_t columns[4];
+                        load_left_of_columns(columns, tile, BN + pad, m, warp * WN + 16 * i);
+#pragma unroll
+                        for (int j = 0; j < RP / 8; ++j)
+                            mma<T>(grads[i][j], columns, right[j / 2][j % 2 * 2], right[j / 2][j % 2 * 2 + 1]);
+                    }
+                }
+            }
+            if (g.sums) {
+#pragma unroll
+                for (int i = 0; i < BN / P::threads; ++i)
+                    for (int m = 0; m < BM; ++m) sums[i] += as_float(tile[m * (BN + pad) + threadIdx.x + i * P::threads]);
+            }
+            if constexpr (!P::wide) {
+                if (g.dh_parts) {
+                    float dh[RP / 8][4] = {};
+#pragma unroll 4
+                    for (int n = 0; n < BN; n += 16) {
+                        std::uint32_t of_rows[4];
+                        load_block(of_rows, tile, BN + pad, warp * 16, n);
+#pragma unroll
+                        for (int j = 0; j < RP / 16; ++j) {
+                            std::uint32_t right[4];
+                            load_right_of_columns(right, factor_tile, RP + pad, n, 16 * j);
+                            mma<T>(dh[2 * j], of_rows, right[0], right[1]);
+                            mma<T>(dh[2 * j + 1], of_rows, right[2], right[3]);
+                        }
+                    }
+#pragma unroll
+                    for (int j = 0; j < RP / 8; ++j)
+#pragma unroll
+                        for (int e = 0; e < 4; ++e) {
+                            const int row = own.begin + step * BM + warp * 16 + row_of(e), r = 8 * j + column_of(e);
+                            if (row < own.end && r < g.R)
+                                g.dh_parts[(blockIdx.x * g.M + start + row) * g.R + r] = own.scale * dh[j][e];
+                        }
+                }
+            }
+        }
+        copy_wait<0>();
+        const Index piece = (blockIdx.y + static_cast<Index>(c)) * g.stride_piece;
+        if (g.pieces) {
+#pragma unroll
+            for (int i = 0; i < WN / 16; ++i)
+#pragma unroll
+                for (int j = 0; j < RP / 8; ++j)
+#pragma unroll
+                    for (int e = 0; e < 4; ++e) {
+                        const Index n = left + warp * WN + 16 * i + row_of(e);
+                        const int r = 8 * j + column_of(e);
+                        if (n < g.N && r < g.R)
+                            g.pieces[piece + n * g.piece_column + r * g.piece_rank] = own.scale * grads[i][j][e];
+                    }
+        }
+        if (g.sums) {
+#pragma unroll
+            for (int i = 0; i < BN / P::threads; ++i) {
+                const Index n = left + threadIdx.x + i * P::threads;
+                if (n < g.N) g.sums[piece + n] = sums[i];
+            }
+        }
+    }
+}
+
+// ---- Gradients from their parts ----
+
+constexpr int sum_threads = 256;
+
+__global__ void __launch_bounds__(sum_threads) sum_kernel(const __grid_constant__ Sum g) {
+    const Index size = g.size_A + g.size_B + g.size_b, c = blockIdx.y;
+    const Index at = static_cast<Index>(blockIdx.x) * sum_threads + threadIdx.x;
+    if (at >= size) return;
+    const Index begin = g.offsets ? g.offsets[c] : 0, end = g.offsets ? g.offsets[c + 1] : g.M;
+    float total = 0.0f;
+    if (begin < end)
+        for (Index t = begin / g.chunk; t < blocks(end, g.chunk); ++t) total += g.pieces[(t + c) * size + at];
+    Index to = c * g.size_A + at;
+    if (at >= g.size_A) to = g.C * g.size_A + c * g.size_B + at - g.size_A;
+    if (at >= g.size_A + g.size_B) to = g.C * (g.size_A + g.size_B) + c * g.size_b + at - g.size_A - g.size_B;
+    g.sums[to] = total;
+}
+
+// ---- Which kernel ----
+
+void need(bool sound, const char* what) {
+    if (!sound) throw std::invalid_argument(std::string("lora_linear (CUDA C++): ") + what);
+}
+
+template <class T>
+struct Type {
+    using type = T;
+};
+
+template <class Call>
+void with_type(Index kind, Call call) {
+    need(kind == bfloat16 || kind == float16, "rows must be bfloat16 or float16");
+    if (kind == bfloat16)
+        call(Type<__nv_bfloat16>());
+    else
+        call(Type<__half>());
+}
+
+template <class Call>
+void with_flag(bool flag, Call call) {
+    if (flag)
+        call(std::true_type());
+    else
+        call(std::false_type());
+}
+
+// R rounded up to 16, 32, 64 or 128.
+template <class Call>
+void with_rank(Index R, Call call) {
+    need(1 <= R && R <= 128, "ranks must be 1 to 128");
+    if (R <= 16)
+        call(std::integral_constant<int, 16>());
+    else if (R <= 32)
+        call(std::integral_constant<int, 32>());
+    else if (R <= 64)
+        call(std::integral_constant<int, 64>());
+    else
+        call(std::integral_constant<int, 128>());
+}
+
+template <class Arguments>
+const Arguments& of(const void* arguments, std::size_t bytes) {
+    need(bytes == sizeof(Arguments), "the arguments have another size than in lora_linear_mma.h; build the extension again");
+    return *static_cast<const Arguments*>(arguments);
+}
+
+dim3 grid_of(Index x, Index y) {
+    need(x <= 0x7fffffff && y <= 65535, "the grid must have at most 2^31 - 1 by 65535 blocks");
+    return dim3(static_cast<unsigned>(x), static_cast<unsigned>(y));
+}
+
+void down(const Down& d, void* stream) {
+    if (d.M == 0) return;
+    const bool along_r = d.stride_r == 1 && d.stride_k != 1;
+    with_type(d.kind, [&](auto type) {
+        using T = typename decltype(type)::type;
+        const Index rows_of_A = along_r ? d.stride_k : d.stride_r, in_row = along_r ? d.stride_r : d.stride_k;
+        const bool all_aligned = is_aligned<T>({d.x, d.kind, d.stride_x, 1}) && d.stride_c % 8 == 0 &&
+                                 is_aligned<T>({d.lora_A, d.A_kind, rows_of_A, in_row}) && d.columns % 8 == 0;
+        with_rank(d.R, [&](auto rank) {
+            with_flag(along_r, [&](auto deep) {
+                with_flag(all_aligned, [&](auto aligned) {
+                    constexpr int RP = rank(), stages = RP > 64 ? 3 : 4;
+                    using P = Product<T, 64, RP, 64, 4, 1, stages, deep(), aligned()>;
+                    launch(down_kernel<P>, grid_of(blocks(d.M, P::BM), d.splits), P::threads, P::bytes,
+                           static_cast<cudaStream_t>(stream), d);
+                });
+            });
+        });
+    });
+}
+
+void gemm(const Gemm& g, void* stream) {
+    if (g.M == 0 || g.N == 0) return;
+    need(1 <= g.P && g.P <= max_terms, "one product takes 1 to 4 terms");
+    const bool large = g.BM == 128 && g.BN == 128;
+    need(large || (g.BM == 64 && g.BN == 64), "tiles must be 128 x 128 or 64 x 64");
+    const dim3 grid = grid_of(blocks(g.M, g.BM) * blocks(g.N, g.BN), 1);
+    const bool along_n = g.terms[0].stride_wn == 1 && g.terms[0].stride_wd != 1;
+    with_type(g.kind, [&](auto type) {
+        using T = typename decltype(type)::type;
+        bool all_aligned = true;
+        for (int p = 0; p < g.P; ++p) {
+            const Term& t = g.terms[p];
+            const Index row = along_n ? t.stride_wd : t.stride_wn, in_row = along_n ? t.stride_wn : t.stride_wd;
+            all_aligned = all_aligned && is_aligned<T>({t.rows, g.kind, t.stride_rows, 1}) &&
+                          is_aligned<T>({t.weight, t.weight_kind, row, in_row});
+        }
+        with_flag(along_n, [&](auto deep) {
+            with_flag(all_aligned, [&](auto aligned) {
+                using Large = Product<T, 128, 128, 32, 2, 4, 4, deep(), aligned()>;
+                using Small = Product<T, 64, 64, 32, 2, 2, 4, deep(), aligned()>;
+                if (large)
+                    launch(gemm_kernel<Large>, grid, Large::threads, Large::bytes, static_cast<cudaStream_t>(stream), g);
+                else
+                    launch(gemm_kernel<Small>, grid, Small::threads, Small::bytes, static_cast<cudaStream_t>(stream), g);
+            });
+        });
+    });
+}
+
+void columns(const Columns& g, void* stream) {
+    if (g.N == 0) return;  // without rows gradients are zero
+    with_type(g.kind, [&](auto type) {
+        with_rank(g.R, [&](auto rank) {
+            using P = Pass<typename decltype(type)::type, rank(), rank() <= 32 ? 256 : 128>;
+            need(!(P::wide && g.dh_parts), "dh and dB from one pass go up to rank 32");
+            need(g.BN == P::BN, "BN must be 256 up to rank 32, else 128");
+            launch(columns_kernel<P>, grid_of(blocks(g.N, P::BN), most(1, blocks(g.M, g.chunk))), P::threads,
+                   g.dh_parts ? P::bytes_with_factor : P::bytes, static_cast<cudaStream_t>(stream), g);
+        });
+    });
+}
+
+void sum(const Sum& g, void* stream) {
+    const Index size = g.size_A + g.size_B + g.size_b;
+    if (size == 0) return;
+    launch(sum_kernel, grid_of(blocks(size, sum_threads), g.C), sum_threads, 0, static_cast<cudaStream_t>(stream), g);
+}
+
+}  // namespace
+
+void run(const char* kernel, const void* arguments, std::size_t bytes, void* stream) {
+    const std::string name = kernel;
+    if (name == "down")
+        down(of<Down>(arguments, bytes), stream);
+    else if (name == "gemm")
+        gemm(of<Gemm>(arguments, bytes), stream);
+    else if (name == "columns")
+        columns(of<Columns>(arguments, bytes), stream);
+    else if (name == "sum")
+        sum(of<Sum>(arguments, bytes), stream);
+    else
+        need(false, "kernel must be down, gemm, columns or sum");
+}
+
+}  // namespace federa::mma_kernels
