@@ -44,14 +44,14 @@ def orthonormalise(Y: Tensor, noise: Tensor, Q: Tensor) -> Tensor:
 
 
 def eigenpairs(H: Tensor) -> tuple[Tensor, Tensor]:
-    """Of symmetric H (G,n,n) float64: values (G,n), descending, and vectors (G,n,n), as columns."""
+    """Of symmetric H (G,n,n) float64: values (G,n), descending, and vectors (G,n,n), as columns; anything where H has NaN."""
     if module := _module(H):
         G, n, _ = H.shape
         H = H.contiguous()
         values, vectors = H.new_empty(G, n), torch.empty_like(H)
         module.symmetric_eigenpairs(G, n, H.data_ptr(), values.data_ptr(), vectors.data_ptr(), _stream(H))
         return values, vectors
-    values, vectors = torch.linalg.eigh((H + H.mT) / 2)
+    values, vectors = torch.linalg.eigh(((H + H.mT) / 2).nan_to_num())  # which raises on NaN
     return values.flip(-1), vectors.flip(-1)
 
 

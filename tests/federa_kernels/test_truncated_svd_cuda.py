@@ -8,9 +8,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from federa_kernels import TruncatedSVD
 from federa_kernels.truncated_svd import batched, cuda, reference
 
 from .emulated import ORDERS, Emulated, build
+from .test_truncated_svd_properties import KINDS, assert_promises, matrix_of
 
 
 class Module:
@@ -72,9 +74,9 @@ def test_a_panel_is_q_times_r(kernels, G, K, b, dtype):
     assert torch.equal(R, R.triu()) and (R.diagonal(dim1=-2, dim2=-1) > 0).all()
     norm = torch.linalg.matrix_norm(Y.double())
     assert (torch.linalg.matrix_norm(Q.double() @ R - Y.double()) <= 8 * eps * b**0.5 * norm).all()
-    again, second = orthonormalised(Q)
+    again, _ = orthonormalised(Q)
     floor = 1e-14  # is added to the diagonal of the Gram matrix, relative
-    assert excess(again) <= 8 * eps + 2 * floor and (second - torch.eye(b)).abs().max() <= 3e-3
+    assert excess(again) <= 8 * eps + 2 * floor
 
 
 def test_columns_of_nothing_become_noise(kernels):
@@ -156,23 +158,6 @@ def batches(monkeypatch):
     monkeypatch.setattr(batched, "takes", lambda A, rank: min(A.shape) >= 16 * (rank + batched.OVERSAMPLING))
 
 
-KINDS = ("flat", "geometric", "power", "clustered", "spiked", "deficient", "zero")
-
-
-def leading(A, rank, steps):
-    norms = A.float().norm(dim=(1, 2))
-    noise = batched.random_rows(A.shape[2], rank + batched.OVERSAMPLING, A.device)
-    return batched.leading_fixed(A, noise[: A.shape[2]].expand(len(A), -1, -1), noise, rank, steps), norms
-
-
-def loss(A, U, Vh, S):
-    """1 - captured / optimal energy in float64."""
-    A, U, S, Vh = (t.double() for t in (A, U, S, Vh))
-    energy = torch.linalg.svdvals(A).square()
-    optimum = energy[: len(S)].sum()
-    return float(1 - (energy.sum() - (A - (U * S) @ Vh).square().sum()) / optimum) if optimum > 0 else 0.0
-
-
 @st.composite
 def batches_of_matrices(draw):
     rank = draw(st.integers(1, 6))
@@ -187,17 +172,13 @@ def batches_of_matrices(draw):
 
 
 def check_the_certificate(case):
-    """What is certified has lost no more than the bound, orthonormal factors and the residual it says."""
+    """What is certified keeps every promise; everything else is left to others."""
     A, rank = case
-    results = batched.factor([*A], rank, 1e-6)
-    for matrix, found in zip(A, results, strict=True):
-        if found is None:
-            continue
-        U, S, Vh, residual, matvecs, certified = found
-        assert certified and matvecs > 0 and (S[:-1] >= S[1:]).all()
-        assert loss(matrix, U, Vh, S) <= 1e-6
-        assert excess(U) <= 2e-6 and excess(Vh.mT) <= 2e-6
-        assert float(reference.residual(matrix, U, S, Vh)) <= 1.01 * float(residual) + 1e-6
+    for matrix, found in zip(A, batched.factor([*A], rank, 1e-6), strict=True):
+        if found is not None:
+            assert_promises(TruncatedSVD(*found), matrix, rank)
+            measured = reference.residual(matrix.double(), *found[:3])
+            assert abs(float(measured - found[3])) <= 1e-6
 
 
 test_certified_means_found = settings(max_examples=40, deadline=None)(
