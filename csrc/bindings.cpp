@@ -12,6 +12,7 @@
 #include "cpu/truncated_svd.h"
 #include "cpu/truncated_svd_tiles.h"
 #include "cuda/devices.h"
+#include "cuda/truncated_svd.h"
 
 namespace py = pybind11;
 using namespace py::literals;
@@ -201,6 +202,20 @@ py::list truncated_svd(const py::list& list, int threads) {
     return results;
 }
 
+#ifndef FEDERA_CUDA_MISSING
+void cholesky_qr(bool wide, Index G, Index K, Index b, Address Y, Index Y_batch, Index Y_row, Address Q, Index Q_batch,
+                 Index Q_row, Address noise, Address R, Index R_batch, Address work, Address stream) {
+    const auto at = [](Address address) { return reinterpret_cast<void*>(address); };
+    federa::cholesky_qr(wide, G, K, b, {at(Y), Y_batch, Y_row}, {at(Q), Q_batch, Q_row}, at(noise),
+                        static_cast<double*>(at(R)), R_batch, static_cast<double*>(at(work)), at(stream));
+}
+
+void symmetric_eigenpairs(Index G, Index n, Address H, Address values, Address vectors, Address stream) {
+    federa::symmetric_eigenpairs(G, n, reinterpret_cast<const double*>(H), reinterpret_cast<double*>(values),
+                                 reinterpret_cast<double*>(vectors), reinterpret_cast<void*>(stream));
+}
+#endif
+
 }  // namespace
 
 PYBIND11_MODULE(_C, module) {
@@ -218,5 +233,10 @@ PYBIND11_MODULE(_C, module) {
     module.def("low_rank_backward", &low_rank_backward);
     module.def("truncated_svd", &truncated_svd);
     module.def("has_tiles", &federa::has_tiles, "whether truncated_svd can take a Gram matrix on the tile units");
+#ifndef FEDERA_CUDA_MISSING
+    module.def("cholesky_qr", &cholesky_qr, "of panels on a GPU, on a stream; Y = Q R");
+    module.def("cholesky_qr_work", &federa::cholesky_qr_work, "float64 entries that cholesky_qr needs beside them");
+    module.def("symmetric_eigenpairs", &symmetric_eigenpairs, "of small matrices on a GPU, on a stream");
+#endif
     module.def("cuda_devices", &cuda_devices, "[{name, capability, memory in bytes}], or the driver's error as text");
 }

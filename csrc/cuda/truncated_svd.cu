@@ -16,7 +16,7 @@ constexpr double negligible = 1e-14, nothing = 1e-150;  // beside the longest co
 __host__ __device__ inline int tiles_across(int b) { return (b + tile - 1) / tile; }
 __host__ __device__ inline int tiles_below(int b) { return tiles_across(b) * (tiles_across(b) + 1) / 2; }
 __host__ __device__ inline int smaller(int a, int b) { return a < b ? a : b; }
-__host__ __device__ inline int odd(int n) { return n | 1; }  // a stride whose columns lie in different banks
+__host__ __device__ constexpr int odd(int n) { return n | 1; }  // a stride whose columns lie in different banks
 
 template <class T>
 struct Panel {
@@ -90,7 +90,8 @@ __global__ void __launch_bounds__(threads) gram(Panel<const T> Y, int K, int b, 
 // left of G, the upper one the transposed inverse of the unit L. Where R's diagonal is negligible its row and the
 // inverse's column become zero.
 template <class T>
-__global__ void __launch_bounds__(threads) factor(const double* partial, int blocks, int b, double* R, T* inverse) {
+__global__ void __launch_bounds__(threads) factor(const double* partial, int blocks, int b, double* R, long R_batch,
+                                                  T* inverse) {
     double* const M = reinterpret_cast<double*>(shared_memory());
     double* const roots = M + b * odd(b);
     __shared__ double longest;
@@ -131,7 +132,7 @@ __global__ void __launch_bounds__(threads) factor(const double* partial, int blo
         roots[i] = root > 4 * sqrt(floor) ? root : 0;
     }
     __syncthreads();
-    R += static_cast<long>(g) * b * b;
+    R += g * R_batch;
     inverse += static_cast<long>(g) * b * b;
     for (int n = at; n < b * b; n += threads) {
         const int i = n / b, j = n % b;
@@ -289,11 +290,22 @@ __global__ void __launch_bounds__(2 * threads, 1) jacobi(const double* H, int n,
     }
 }
 
+constexpr long factor_bytes(long b) { return (b * odd(static_cast<int>(b)) + b) * 8; }
+
+constexpr long jacobi_bytes(long n) {
+    const long even = n + n % 2;
+    return (n <= vectors_held ? 2 : 1) * even * odd(static_cast<int>(even)) * 8;
+}
+
+constexpr long limit = 163 * 1024, for_static = 6 * 1024;  // of a block on sm_80; of it what kernels declare
+static_assert(factor_bytes(most) + for_static <= limit && jacobi_bytes(most) + for_static <= limit &&
+              jacobi_bytes(vectors_held) + for_static <= limit);
+
 long blocks_of(long K) { return (K + rows_of_block - 1) / rows_of_block; }
 
 template <class T>
-void run_cholesky_qr(long G, long K, long b, const Panels& Y, const Panels& Q, const void* noise, double* R, double* work,
-                 cudaStream_t stream) {
+void run_cholesky_qr(long G, long K, long b, const Panels& Y, const Panels& Q, const void* noise, double* R, long R_batch,
+                     double* work, cudaStream_t stream) {
     const Panel<const T> from{static_cast<const T*>(Y.data), Y.batch_stride, Y.row_stride};
     const Panel<T> to{static_cast<T*>(Q.data), Q.batch_stride, Q.row_stride};
     const long blocks = blocks_of(K);
@@ -302,8 +314,8 @@ void run_cholesky_qr(long G, long K, long b, const Panels& Y, const Panels& Q, c
     const int rows = static_cast<int>(K), columns = static_cast<int>(b);
     const auto sums = tiles_below(columns) <= threads ? gram<T, 1> : gram<T, 3>;
     launch(sums, dim3(G, blocks), threads, 0, stream, from, rows, columns, partial);
-    launch(factor<T>, G, threads, (b * odd(columns) + b) * sizeof(double), stream, partial, static_cast<int>(blocks),
-           columns, R, inverse);
+    launch(factor<T>, G, threads, factor_bytes(b), stream, partial, static_cast<int>(blocks),
+           columns, R, R_batch, inverse);
     launch(apply<T>, dim3(G, (K + rows_held - 1) / rows_held), threads, 0, stream, from, inverse,
            static_cast<const T*>(noise), to, rows, columns);
 }
@@ -318,17 +330,17 @@ long cholesky_qr_work(long G, long K, long b) {
     return G * (b * b + blocks_of(K) * tiles_below(static_cast<int>(b)) * tile_entries);
 }
 
-void cholesky_qr(bool wide, long G, long K, long b, Panels Y, Panels Q, const void* noise, double* R, double* work,
-                 void* stream) {
+void cholesky_qr(bool wide, long G, long K, long b, Panels Y, Panels Q, const void* noise, double* R, long R_batch,
+                 double* work, void* stream) {
     need(G > 0 && K > 0 && b > 0 && b <= widest_panel && K <= 65535L * rows_held, "cholesky_qr: sizes out of range");
-    (wide ? run_cholesky_qr<double> : run_cholesky_qr<float>)(G, K, b, Y, Q, noise, R, work, static_cast<cudaStream_t>(stream));
+    (wide ? run_cholesky_qr<double> : run_cholesky_qr<float>)(G, K, b, Y, Q, noise, R, R_batch, work,
+                                                            static_cast<cudaStream_t>(stream));
 }
 
 void symmetric_eigenpairs(long G, long n, const double* H, double* values, double* vectors, void* stream) {
     need(G > 0 && n > 0 && n <= widest_panel, "symmetric_eigenpairs: sizes out of range");
-    const long even = n + n % 2, matrices = n <= vectors_held ? 2 : 1;
-    launch(jacobi, G, n <= 48 ? threads : 2 * threads, matrices * even * odd(even) * sizeof(double),
-           static_cast<cudaStream_t>(stream), H, static_cast<int>(n), values, vectors);
+    launch(jacobi, G, n <= 48 ? threads : 2 * threads, jacobi_bytes(n), static_cast<cudaStream_t>(stream), H,
+           static_cast<int>(n), values, vectors);
 }
 
 }  // namespace federa

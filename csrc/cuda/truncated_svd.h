@@ -14,9 +14,10 @@ struct Panels {  // G panels, rows of consecutive entries
 
 // Cholesky-QR of G panels of K rows and b columns, float or (if `wide`) double, with Gram matrices in double:
 //   Y = Q R, Q may be Y; columns that the others leave nothing of get those of `noise` (K, b) instead.
-// R: (G, b, b), upper triangular, rows of zeros where Y had nothing; work: as many doubles as cholesky_qr_work says.
-void cholesky_qr(bool wide, long G, long K, long b, Panels Y, Panels Q, const void* noise, double* R, double* work,
-                 void* stream);
+// R: G of (b, b), R_batch entries apart, upper triangular, with rows of zeros where Y had nothing; work: as many doubles
+// as cholesky_qr_work says.
+void cholesky_qr(bool wide, long G, long K, long b, Panels Y, Panels Q, const void* noise, double* R, long R_batch,
+                 double* work, void* stream);
 long cholesky_qr_work(long G, long K, long b);
 
 // H (G, n, n) symmetric -> values (G, n), descending, vectors (G, n, n), as columns: cyclic Jacobi (Sameh's ordering).

@@ -94,10 +94,10 @@ def _projected(A: Products, start: Tensor, noise: Tensor, steps: int) -> tuple[T
         for factors, Q in ((first, start.new_empty(G, K, b)), (second, block)):
             if step:
                 Y = torch.baddbmm(Y, known, known.mT @ Y, alpha=-1)
-            factors[:, step] = cuda.orthonormalise(Y, fresh, Q)
+            cuda.orthonormalise(Y, fresh, Q, factors[:, step])
             Y = Q
         W = A(block)
-        inner[:, step] = W.mT @ W
+        torch.bmm(W.mT, W, out=inner[:, step])
         if step + 1 < steps:
             Y = A(W, transposed=True)
     H = start.new_zeros(G, steps, b, steps, b, dtype=torch.float64)
@@ -118,16 +118,16 @@ def _ritz_vectors(H: Tensor, b: int, noise: Tensor) -> tuple[Tensor, Tensor]:
     """
     G, m, _ = H.shape
     X = torch.eye(m, b, dtype=H.dtype, device=H.device).expand(G, -1, -1)
-    theta = H.new_zeros(G, b)
+    theta, R = H.new_zeros(G, b), H.new_empty(G, b, b)
     for turn in range(ROUNDS + 1):
         image, before = H @ X, theta
         theta, rotation = cuda.eigenpairs(X.mT @ image)
         X = X @ rotation
         if turn == ROUNDS:
             break
-        cut = torch.maximum(theta[:, -1:], 1e-8 * theta[:, :1]).clamp(min=1e-300)
+        cut = torch.maximum(theta[:, -1:], 1e-8 * theta[:, :1])
         level = theta * (2 / cut) - 1
-        off = torch.linalg.vector_norm(image @ rotation - X * theta[:, None], dim=1)
+        off = torch.linalg.vector_norm(torch.addcmul(image @ rotation, X, theta[:, None], value=-1), dim=1)
         kept = (level > STEEP) & (off < 1e-6 * cut + 3e-13 * theta[:, :1])
         mapped = torch.baddbmm(H, X * ((level - STEEP) * cut / 2 * kept)[:, None], X.mT, alpha=-1)
         mapped.mul_((2 / cut)[:, None]).diagonal(dim1=-2, dim2=-1).sub_(1)
@@ -137,7 +137,7 @@ def _ritz_vectors(H: Tensor, b: int, noise: Tensor) -> tuple[Tensor, Tensor]:
         filtered = filtered / torch.linalg.vector_norm(filtered, dim=1, keepdim=True)
         X = torch.where(kept[:, None], X, filtered)
         for repeat in range(2):
-            cuda.orthonormalise(X, noise[2 * turn + repeat :][:m], X)
+            cuda.orthonormalise(X, noise[2 * turn + repeat :][:m], X, R)
     return X, (theta - before).abs()
 
 
@@ -161,8 +161,9 @@ def leading_fixed(A: Tensor, start: Tensor, noise: Tensor, rank: int, steps: int
     basis, H, sound = _projected(times, start, noise, steps)
     X, gained = _ritz_vectors(H, start.shape[-1], noise.double())
     V = basis @ X.to(basis.dtype)
+    R = gained.new_empty(*X.shape[::2], X.shape[2])
     for _ in range(2):
-        R = cuda.orthonormalise(V, noise[: V.shape[1]], V)
+        cuda.orthonormalise(V, noise[: V.shape[1]], V, R)
     W = times(V, parts=3)
     wide = W.double()
     theta, rotation = cuda.eigenpairs(wide.mT @ wide)

@@ -22,29 +22,29 @@ def _module(panel: Tensor) -> Any:
     return module
 
 
-def orthonormalise(Y: Tensor, noise: Tensor, Q: Tensor) -> Tensor:
-    """Cholesky-QR with a Gram matrix in float64, Y = Q R, written to Q; columns of nothing become those of `noise`.
+def orthonormalise(Y: Tensor, noise: Tensor, Q: Tensor, R: Tensor) -> None:
+    """Cholesky-QR with a Gram matrix in float64, Y = Q R; columns that nothing is left of become those of `noise`.
 
-    Y (G,K,b), noise (K,b), Q (G,K,b), all float32 or float64 with rows of stride 1, Q may be Y;
-    R (G,b,b) float64, upper triangular, rows of zeros where Y had nothing
+    Y (G,K,b), noise (K,b) -> Q (G,K,b), which may be Y; all float32 or float64, with rows of stride 1
+    R (G,b,b) float64, of stride 1, upper triangular; zeros in the rows of columns that nothing is left of
     """
     if module := _module(Y):
         G, K, b = Y.shape
-        R = Y.new_empty(G, b, b, dtype=torch.float64)
         work = Y.new_empty(module.cholesky_qr_work(G, K, b), dtype=torch.float64)
         panels = (value for panel in (Y, Q) for value in (panel.data_ptr(), panel.stride(0), panel.stride(1)))
         module.cholesky_qr(
-            Y.dtype == torch.float64, G, K, b, *panels, noise.data_ptr(), R.data_ptr(), work.data_ptr(), _stream(Y)
-        )
-        return R
-    found, R = krylov._orthonormalise(Y)
-    dead = R.diagonal(dim1=-2, dim2=-1) == 0
+            Y.dtype == torch.float64, G, K, b, *panels, noise.data_ptr(), R.data_ptr(), R.stride(0), work.data_ptr(),
+            _stream(Y),
+        )  # fmt: skip
+        return
+    found, factors = krylov._orthonormalise(Y)
+    dead = factors.diagonal(dim1=-2, dim2=-1) == 0
     Q.copy_(torch.where(dead[:, None, :], noise, found))
-    return R
+    R.copy_(factors)
 
 
 def eigenpairs(H: Tensor) -> tuple[Tensor, Tensor]:
-    """Of symmetric H (G,n,n) float64: values (G,n), descending, and vectors (G,n,n), as columns; anything where H has NaN."""
+    """Of symmetric H (G,n,n) float64: values (G,n), descending, vectors (G,n,n), as columns; anything if H has NaN."""
     if module := _module(H):
         G, n, _ = H.shape
         H = H.contiguous()

@@ -2,13 +2,15 @@
 take, over these kernels and over torch in their place."""
 
 import ctypes
+import re
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from federa_kernels import TruncatedSVD
+from federa_kernels import TruncatedSVD, truncated_svd
 from federa_kernels.truncated_svd import batched, cuda, reference
 
 from .emulated import ORDERS, Emulated, build
@@ -35,7 +37,7 @@ class Module:
 @pytest.fixture(scope="module")
 def emulated(tmp_path_factory):
     folder = tmp_path_factory.mktemp("truncated_svd")
-    return Emulated(build(folder, "tests/emulator/truncated_svd.cu", "csrc/cuda/truncated_svd.cu"))
+    return Emulated(build(folder, "tests/emulator/truncated_svd.cpp", "csrc/cuda/truncated_svd.cu"))
 
 
 @pytest.fixture
@@ -54,7 +56,9 @@ def normal(*shape, seed=0, dtype=torch.float64):
 def orthonormalised(Y, noise=None):
     Q = torch.full_like(Y, torch.nan)
     noise = normal(*Y.shape[1:], seed=9, dtype=Y.dtype) if noise is None else noise
-    return Q, cuda.orthonormalise(Y, noise, Q)
+    R = Y.new_full((len(Y), Y.shape[2], Y.shape[2]), torch.nan, dtype=torch.float64)
+    cuda.orthonormalise(Y, noise, Q, R)
+    return Q, R
 
 
 def excess(Q):
@@ -94,13 +98,15 @@ def test_columns_of_nothing_become_noise(kernels):
 def test_a_panel_within_a_basis_and_in_place(kernels):
     basis = torch.full((2, 50, 12), torch.nan)
     Y, noise = normal(2, 50, 4, dtype=torch.float32), normal(50, 4, seed=9, dtype=torch.float32)
-    Q, _ = orthonormalised(Y, noise)
-    cuda.orthonormalise(Y, noise, basis[..., 4:8])
-    assert torch.equal(basis[..., 4:8], Q) and basis[..., :4].isnan().all() and basis[..., 8:].isnan().all()
-    cuda.orthonormalise(basis[..., 4:8], noise, basis[..., 4:8])
+    Q, R = orthonormalised(Y, noise)
+    factors = torch.full((2, 3, 4, 4), torch.nan, dtype=torch.float64)
+    cuda.orthonormalise(Y, noise, basis[..., 4:8], factors[:, 1])
+    assert torch.equal(basis[..., 4:8], Q) and torch.equal(factors[:, 1], R)
+    assert basis[..., :4].isnan().all() and basis[..., 8:].isnan().all() and factors[:, ::2].isnan().all()
+    cuda.orthonormalise(basis[..., 4:8], noise, basis[..., 4:8], factors[:, 0])
     assert excess(basis[..., 4:8]) <= 1e-6
-    shared = cuda.orthonormalise(Y[:1].expand(2, -1, -1), noise, basis[..., :4])
-    assert torch.equal(shared[0], shared[1]) and torch.equal(basis[0, :, :4], Q[0])
+    cuda.orthonormalise(Y[:1].expand(2, -1, -1), noise, basis[..., :4], factors[:, 2])
+    assert torch.equal(basis[0, :, :4], Q[0]) and torch.equal(basis[1, :, :4], Q[0])
 
 
 def spectra(n):
@@ -187,3 +193,168 @@ test_certified_means_found = settings(max_examples=40, deadline=None)(
 test_certified_means_found_often = pytest.mark.exhaustive(
     settings(max_examples=3000, deadline=None)(given(batches_of_matrices())(check_the_certificate))
 )
+
+
+def weights(G, N, K, seed=0):
+    return torch.stack([matrix_of("power", N, K, 0.1, seed + g).float() for g in range(G)])
+
+
+def test_the_kernels_find_what_torch_finds(emulated, monkeypatch):
+    A = weights(2, 170, 144)
+    by_torch = batched.factor([*A], 1, 1e-6)
+    with monkeypatch.context() as patch:
+        patch.setattr(cuda, "_module", lambda panel: Module(emulated))
+        patch.setattr(cuda, "_stream", lambda tensor: 0)
+        by_kernels = batched.factor([*A], 1, 1e-6)
+    for matrix, one, other in zip(A, by_kernels, by_torch, strict=True):
+        assert_promises(TruncatedSVD(*one), matrix, 1)
+        for mine, theirs in zip(one[:3], other[:3], strict=True):
+            torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=1e-5)
+
+
+class Recorded(TorchDispatchMode):
+    """The operations that torch runs."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        self.names.append(str(function))
+        return function(*arguments, **(options or {}))
+
+
+def test_launches_depend_on_shapes_alone_and_nothing_is_read_back(kernels):
+    runs = []
+    for A in (weights(1, 160, 144), torch.zeros(3, 160, 144), matrix_of("deficient", 160, 144, 0, 0).bfloat16()[None]):
+        noise = batched.random_rows(144, 9, A.device)
+        before = kernels.launches()
+        with Recorded() as recorded:
+            batched.leading_fixed(A, noise[:144].expand(len(A), -1, -1), noise, 1, 4)
+        runs.append((kernels.launches() - before, recorded.names))
+    (launches, names), zeros, (same, _) = runs
+    assert zeros == (launches, names) and same == launches  # 16-bit matrices only have other products
+    assert launches == 3 * 2 * (4 + batched.ROUNDS + 1) + batched.ROUNDS + 2
+    for _, used in runs:
+        assert not {name for name in used if re.search("local_scalar|nonzero|item|equal|eigh|cholesky", name)}
+
+
+def test_a_place_in_the_batch_changes_no_bit():
+    A = weights(3, 170, 144)
+    noise = batched.random_rows(144, 9, A.device)
+    found, turned = (
+        batched.leading_fixed(batch, noise[:144].expand(3, -1, -1), noise, 1, 4) for batch in (A, A[[2, 0, 1]])
+    )
+    for one, other in zip(found, turned, strict=True):
+        assert torch.equal(one[[2, 0, 1]], other)
+
+
+def test_a_second_run_goes_on_from_the_first(batches):
+    A = [matrix_of("geometric", 200, 180, 1.0, 5).float(), *weights(1, 200, 180)]  # values 1 % apart
+    slow, fast = truncated_svd(A, 2)
+    assert slow.matvecs == 2 * fast.matvecs > 0
+    for matrix, found in zip(A, (slow, fast), strict=True):
+        assert_promises(found, matrix, 2)
+
+
+def test_what_batches_cannot_certify_is_factored_by_others(batches, monkeypatch):
+    torn = matrix_of("deficient", 180, 170, 0.02, 0)  # of rank 3
+    A = [*weights(2, 180, 170), *weights(2, 170, 180), torch.zeros(180, 170), torn.float(), 1e-30 * torn.float(),
+         weights(1, 180, 170)[0].bfloat16(), 1e30 * weights(1, 180, 170)[0], weights(1, 20, 10)[0]]  # fmt: skip
+    sizes = []
+    factor = batched.factor
+    monkeypatch.setattr(batched, "factor", lambda some, *options: sizes.append(len(some)) or factor(some, *options))
+    for options in ({}, {"verify": True}, {"method": "krylov"}):
+        for matrix, found in zip(A, truncated_svd(A, 2, **options), strict=True):
+            assert_promises(found, matrix, 2)
+            assert found.U.dtype == torch.float32 and all(t.is_contiguous() for t in found)
+    assert sizes == [8, 1] * 3  # all but the small one; transposed ones in one batch with the others
+    assert all(found.matvecs > 0 for found in truncated_svd(A[:4], 2))
+    sizes.clear()
+    truncated_svd(A[:2], 2, method="gram")
+    truncated_svd(A[:2], 2, reproducible=True)
+    assert not sizes
+
+
+def test_the_matrix_that_is_not_finite_is_named(batches):
+    A = weights(3, 180, 170)
+    A[1, 3, 4] = torch.nan
+    with pytest.raises(ValueError, match=r"^truncated_svd: matrix 1 must be finite, got 1 NaN or infinite entries$"):
+        truncated_svd(A, 2)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+def test_split_products_are_as_good_as_float32(dtype):
+    """svd.md: two parts as good as float32; three are float32."""
+    A, X = (1e-3 * normal(2, 300, 200)).to(dtype), torch.linalg.qr(normal(2, 200, 16))[0].float()
+    times = batched.Products(A, torch.linalg.vector_norm(A.float(), dim=(1, 2)))
+    exact = A.double() @ X.double()
+    for parts, allowed in ((1, 3e-3), (2, 1e-5), (3, 5e-7)):
+        error = times(X, parts=parts).double() / times.scale.double() - exact
+        assert allowed / 100 < torch.linalg.vector_norm(error) / torch.linalg.vector_norm(exact) < allowed
+
+
+# On a GPU.
+
+
+@pytest.fixture
+def gpu_weights():
+    def several(G, N, K, dtype=torch.float32):
+        return weights(G, N, K).to("cuda", dtype)
+
+    return several
+
+
+@pytest.mark.gpu
+def test_the_kernels_are_those_of_the_emulator(emulated):
+    if cuda._module(torch.empty(1, 1, 1, device="cuda")) is None:
+        pytest.skip("built without the CUDA half")
+    Y, H, noise = normal(3, 300, 24, dtype=torch.float32), normal(3, 24, 24), normal(300, 24, dtype=torch.float32)
+    Q, R = torch.empty_like(Y).cuda(), Y.new_empty(3, 24, 24, dtype=torch.float64).cuda()
+    cuda.orthonormalise(Y.cuda(), noise.cuda(), Q, R)
+    values, vectors = cuda.eigenpairs(H.cuda())
+    again, factors = torch.empty_like(Q), torch.empty_like(R)
+    cuda.orthonormalise(Q, noise.cuda(), again, factors)
+    assert excess(again.cpu()) <= 1e-6
+    assert torch.linalg.matrix_norm(Q.double() @ R - Y.cuda().double()).max() <= 1e-5
+    H = (H + H.mT) / 2
+    torch.testing.assert_close(values.cpu(), torch.linalg.eigvalsh(H).flip(-1), atol=1e-12, rtol=1e-12)
+    torch.testing.assert_close(H @ vectors.cpu(), vectors.cpu() * values.cpu()[:, None], atol=1e-12, rtol=0)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
+def test_a_batch_on_a_gpu(gpu_weights, dtype):
+    A = [*gpu_weights(3, 800, 500, dtype), *gpu_weights(2, 500, 800, dtype), torch.zeros(800, 500).cuda().to(dtype)]
+    for matrix, found in zip(A, truncated_svd(A, 16), strict=True):
+        assert_promises(TruncatedSVD(*(t.cpu() for t in found)), matrix.cpu(), 16)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_a_replayed_graph_gives_the_bits_of_a_call(gpu_weights, dtype):
+    A, noise = gpu_weights(4, 800, 500, dtype), batched.random_rows(500, 24, torch.device("cuda"))
+    if cuda._module(noise) is None:
+        pytest.skip("built without the CUDA half: torch's eigh waits for the device")
+    start = noise[:500].expand(4, -1, -1)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        batched.leading_fixed(A, start, noise, 16, 10)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        replayed = batched.leading_fixed(A, start, noise, 16, 10)
+    A.copy_(A.flip(0).roll(3, 1))
+    graph.replay()
+    called = batched.leading_fixed(A, start, noise, 16, 10)
+    assert all(map(torch.equal, replayed, called)) and (called.lost <= 1e-6).all()
+
+
+@pytest.mark.gpu
+def test_a_place_in_the_batch_changes_no_bit_on_a_gpu(gpu_weights):
+    A, order = gpu_weights(4, 800, 500), [2, 0, 3, 1]
+    found, turned = truncated_svd(A, 16), truncated_svd(A[order], 16)
+    again = truncated_svd(A, 16)
+    for one, other, same in zip(found, turned, again, strict=True):
+        assert torch.equal(one[order], other) and torch.equal(one, same)

@@ -9,9 +9,10 @@ using namespace federa;
 EXPORTED long cholesky_qr_work_size(long G, long K, long b) { return cholesky_qr_work(G, K, b); }
 
 EXPORTED const char* run_cholesky_qr(bool wide, long G, long K, long b, void* Y, long Y_batch, long Y_row, void* Q,
-                                     long Q_batch, long Q_row, const void* noise, double* R, double* work) {
+                                     long Q_batch, long Q_row, const void* noise, double* R, long R_batch,
+                                     double* work) {
     return emulator::guarded(
-        [&] { cholesky_qr(wide, G, K, b, {Y, Y_batch, Y_row}, {Q, Q_batch, Q_row}, noise, R, work, nullptr); });
+        [&] { cholesky_qr(wide, G, K, b, {Y, Y_batch, Y_row}, {Q, Q_batch, Q_row}, noise, R, R_batch, work, nullptr); });
 }
 
 EXPORTED const char* run_symmetric_eigenpairs(long G, long n, const double* H, double* values, double* vectors) {
