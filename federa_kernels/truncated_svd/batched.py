@@ -1,8 +1,9 @@
 """The GPU path: all matrices of one shape at once, in a fixed number of launches that look at nothing they find.
 
 Block Lanczos on A^T A with full reorthogonalisation, as krylov.py's but for a fixed number of steps; the leading
-eigenpairs of the projected matrix by Chebyshev iteration (Zhou and Saad 2007); Rayleigh-Ritz on A V, and a bound on the
-loss from measured residuals. What is no product of matrices is a panel or an eigenproblem as small as a block.
+eigenpairs of the projected matrix, or of A^T A where R is no small part of K, by Chebyshev iteration (Zhou and Saad
+2007); Rayleigh-Ritz on A V, and a bound on the loss from measured residuals. What is no product of matrices is a panel
+or an eigenproblem as small as a block.
 """
 
 import math
@@ -40,22 +41,27 @@ class Leading(NamedTuple):
 
 
 def takes(A: Tensor, rank: int) -> bool:
-    """Whether a matrix (N,K) is for a GPU and leaves a basis room; smaller ones are little work for a direct method."""
-    return A.device.type == "cuda" and A.dtype != torch.float64 and min(A.shape) >= 16 * (rank + OVERSAMPLING)
+    """Whether a matrix is for this path; smaller ones are little work for a direct method."""
+    return A.device.type == "cuda" and A.dtype != torch.float64 and min(A.shape) >= 4 * (rank + OVERSAMPLING)
 
 
-def most(A: Tensor) -> int:
-    """How many like it to take at a time."""
-    return max(1, MOST_BYTES // (A.dtype.itemsize * A.numel()))
+def most(A: Tensor, rank: int) -> int:
+    """How many matrices like it to take at a time."""
+    n = min(A.shape)
+    grams = 0 if steps_for(n, rank, 1e-6) else 20 * n * n  # in float32 and twice in float64
+    return max(1, MOST_BYTES // (A.dtype.itemsize * A.numel() + grams))
 
 
 def steps_for(n: int, rank: int, goal: float) -> int:
-    """10 for 384x384, 11 for 768x768, 13 for 4096x4096 at 1e-6; one more divides the bound by about 16.
+    """Blocks of the Krylov space of n = min(N, K) columns; 0 where that would not be much smaller than n.
 
-    Bounds at 1e-6, R = 16: MiniLM's matrices 6e-8, realistic spectra at 768 2e-8, at 2048 1e-7, at 4096 1e-12.
+    At 1e-6 and R = 16 10 for 384, 11 for 768 and 14 for 4096; one more divides the bound by about 16. It came to 6e-8
+    on MiniLM's matrices, on realistic spectra to 2e-8 at 768 and 1e-7 at 2048.
     """
-    steps = n.bit_length() - 4 + math.ceil(-math.log(goal, 16))
-    return max(2, min(steps, n // (rank + OVERSAMPLING) - 1))
+    b = rank + OVERSAMPLING
+    if n < 16 * b:
+        return 0
+    return max(2, min(n.bit_length() - 4 + math.ceil(-math.log(goal, 16)), n // b - 1))
 
 
 class Products:
@@ -79,6 +85,12 @@ class Products:
             part.copy_(rest)
             rest = rest - part
         return cuda.product(A, split.flatten(2)).unflatten(2, (parts, -1)).sum(2).mul_(self.scale / LIFT)
+
+    def gram(self) -> Tensor:
+        """`scale`^2 A^T A."""
+        if self.A.dtype == torch.float32:
+            return torch.bmm(self.A.mT, self.A)
+        return cuda.product(self.A.mT, self.A).mul_(self.scale.square())
 
 
 def _projected(A: Products, start: Tensor, noise: Tensor, steps: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -109,15 +121,14 @@ def _projected(A: Products, start: Tensor, noise: Tensor, steps: int) -> tuple[T
     return basis, H.view(G, steps * b, steps * b), sound
 
 
-def _ritz_vectors(H: Tensor, b: int, noise: Tensor) -> tuple[Tensor, Tensor]:
+def _ritz_vectors(H: Tensor, X: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
     """The leading eigenvectors (G,m,b) of a positive semidefinite H (G,m,m) float64; what their values gained last.
 
-    From the first b unit vectors, which stand for the first block of the basis. Filters by Chebyshev polynomials on [0,
+    X (G,m,b): orthonormal, to start from. Filters by Chebyshev polynomials on [0,
     the least Ritz value], between which Ritz vectors are taken. Those that are found and lie far above the rest are
     moved down to STEEP: the filter would raise what is left of them in others above everything else.
     """
-    G, m, _ = H.shape
-    X = torch.eye(m, b, dtype=H.dtype, device=H.device).expand(G, -1, -1)
+    G, m, b = X.shape
     theta, R = H.new_zeros(G, b), H.new_empty(G, b, b)
     for turn in range(ROUNDS + 1):
         image, before = H @ X, theta
@@ -153,17 +164,28 @@ def leading_fixed(A: Tensor, start: Tensor, noise: Tensor, rank: int, steps: int
     start  (G,K,b)  float32, R < b: random_rows(...)[:K], or the V of an earlier call
     noise           random_rows(K, b, device)
 
+    steps           blocks of the Krylov space; 0 takes all of it, the eigenvectors of A^T A
+
     Never synchronises, and launches depend on shapes alone: with the kernels of csrc/cuda the call can be captured in a
-    CUDA graph (torch's eigh, which replaces them elsewhere, waits for the device). 2 steps + 1 readings of A.
+    CUDA graph (torch's eigh, which replaces them elsewhere, waits for the device). Reads A 2 steps + 2 times.
     """
     norms = torch.linalg.vector_norm(A, dim=(1, 2), dtype=torch.float32)
     times = Products(A, norms)
-    basis, H, sound = _projected(times, start, noise, steps)
-    X, gained = _ritz_vectors(H, start.shape[-1], noise.double())
-    V = basis @ X.to(basis.dtype)
-    R = gained.new_empty(*X.shape[::2], X.shape[2])
+    G, K, b = start.shape
+    R = start.new_empty(G, b, b, dtype=torch.float64)
+    if steps:
+        basis, H, sound = _projected(times, start, noise, steps)
+        X, gained = _ritz_vectors(
+            H, torch.eye(steps * b, b, dtype=H.dtype, device=H.device).expand(G, -1, -1), noise.double()
+        )
+        V = basis @ X.to(basis.dtype)
+    else:
+        X, sound = start.new_empty(G, K, b, dtype=torch.float64), norms > 0
+        cuda.orthonormalise(start.double(), noise[:K].double(), X, R)
+        X, gained = _ritz_vectors(times.gram().double(), X, noise.double())
+        V = X.to(start.dtype)
     for _ in range(2):
-        cuda.orthonormalise(V, noise[: V.shape[1]], V, R)
+        cuda.orthonormalise(V, noise[:K], V, R)
     W = times(V, parts=3)
     wide = W.double()
     theta, rotation = cuda.eigenpairs(wide.mT @ wide)
@@ -195,7 +217,8 @@ def factor(matrices: Sequence[Tensor], rank: int, goal: float) -> list[tuple[Ten
     b, steps = rank + OVERSAMPLING, steps_for(K, rank, goal)
     noise = random_rows(K, b, A.device)
     found = leading_fixed(A, noise[:K].expand(G, -1, -1), noise, rank, steps)
-    matvecs = torch.full((G,), 2 * b * steps + rank, dtype=torch.int64, device=A.device)
+    products = b * max(1, 2 * steps) + rank
+    matvecs = torch.full((G,), products, dtype=torch.int64, device=A.device)
     lost = found.lost.tolist()
     for _ in range(RUNS - 1):
         again = [g for g, bound in enumerate(lost) if goal < bound < math.inf]
@@ -205,7 +228,7 @@ def factor(matrices: Sequence[Tensor], rank: int, goal: float) -> list[tuple[Ten
         more = leading_fixed(A if len(again) == G else A[which], found.V[which], noise, rank, steps)
         for whole, part in zip(found, more, strict=True):
             whole[which] = part
-        matvecs[which] += 2 * b * steps + rank
+        matvecs[which] += products
         lost = found.lost.tolist()
     Vh, certified = found.V[..., :rank].mT, found.lost <= goal
     sides = {turned: reference.canonical_signs(*((Vh.mT, found.U.mT) if turned else (found.U, Vh)))

@@ -78,7 +78,7 @@ def _by_batches(matrices: Sequence[Tensor], rank: int, options: Options) -> dict
                 groups[matrix.device, matrix.dtype, *sorted(matrix.shape)].append(index)
     goal = options.tol * (0.1 if options.verify else 1.0)  # so that what is lost does not look like a missing value
     for indices in groups.values():
-        most = batched.most(matrices[indices[0]])
+        most = batched.most(matrices[indices[0]], rank)
         for some in (indices[i : i + most] for i in range(0, len(indices), most)):
             found = batched.factor([matrices[index].detach() for index in some], rank, goal)
             for index, factors in zip(some, found, strict=True):
