@@ -1,4 +1,4 @@
-"""Launches the kernels of csrc/cuda/lora_linear_mma.h, each in place of the Triton kernel that takes the same arguments.
+"""Launches the kernels of csrc/cuda/lora_linear_mma.h, each in place of the Triton kernel with the same arguments.
 
 A launch is the address of a struct; the structs here mirror those of the header, field by field.
 """
@@ -61,7 +61,9 @@ class Gemm(ctypes.Structure):
 
 class Columns(ctypes.Structure):
     _fields_ = [
-        *_fields("kind M N R chunk BN rows* stride_rows low* stride_low factor* factor_kind stride_c stride_n stride_r"),
+        *_fields(
+            "kind M N R chunk BN rows* stride_rows low* stride_low factor* factor_kind stride_c stride_n stride_r"
+        ),
         *_fields("dh_parts* pieces* piece_column piece_rank sums* stride_piece scale."),
         ("segments", Segments),
     ]
