@@ -12,6 +12,7 @@
 #include "cpu/truncated_svd.h"
 #include "cpu/truncated_svd_tiles.h"
 #include "cuda/devices.h"
+#include "cuda/lora_linear_mma.h"
 
 namespace py = pybind11;
 using namespace py::literals;
@@ -218,5 +219,11 @@ PYBIND11_MODULE(_C, module) {
     module.def("low_rank_backward", &low_rank_backward);
     module.def("truncated_svd", &truncated_svd);
     module.def("has_tiles", &federa::has_tiles, "whether truncated_svd can take a Gram matrix on the tile units");
+#ifndef FEDERA_CUDA_MISSING
+    module.def("lora_linear_mma", [](const std::string& kernel, Address arguments, std::size_t bytes, Address stream) {
+        federa::mma_kernels::run(kernel.c_str(), reinterpret_cast<const void*>(arguments), bytes,
+                                 reinterpret_cast<void*>(stream));
+    });
+#endif
     module.def("cuda_devices", &cuda_devices, "[{name, capability, memory in bytes}], or the driver's error as text");
 }

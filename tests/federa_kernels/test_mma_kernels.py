@@ -1,6 +1,7 @@
 """The CUDA C++ kernels of lora_linear: their own source on the CPU, thread by thread (tests/emulator), against float64.
 
 What nobody has written is NaN, in outputs as in shared memory. Threads run forward, but for the tests of their order.
+Where there is a GPU and a build that has them, the kernels run there.
 """
 
 import ctypes
@@ -17,10 +18,12 @@ from federa_kernels.lora_linear import launch, mma, op, path_for
 from federa_kernels.lora_linear.tiles import MMA_GEMM, pick_mma_tiles
 
 from . import against_float64 as cases
+from . import test_triton_kernels as of_triton
 from .against_float64 import DTYPES, assert_as_good_as_torch, run
 from .emulated import ORDERS, Emulated, build
 from .test_triton_kernels import (
     CUTS,
+    DEVICE,
     SCALING,
     client_by_client,
     clients,
@@ -53,20 +56,30 @@ halves = pytest.mark.parametrize("dtype", HALVES.values(), ids=HALVES)
 
 
 @pytest.fixture(scope="module")
-def emulated(tmp_path_factory):
-    return Emulated(build(tmp_path_factory.mktemp("mma"), *SOURCES))
+def emulator(tmp_path_factory):
+    return Emulated(build(tmp_path_factory.mktemp("mma"), *SOURCES)) if DEVICE == "cpu" else None
+
+
+@pytest.fixture
+def emulated(emulator):
+    if emulator is None:
+        pytest.skip("for the emulator alone")
+    return emulator
 
 
 @pytest.fixture(autouse=True)
-def on_the_cpu(emulated, poisoned, monkeypatch):
-    """Launches go to the emulator, and these kernels are chosen."""
-    emulated.order(0)
-    monkeypatch.setattr(mma, "_run", lambda name, values: emulated("lora_linear_mma", name.encode(), *_bytes(values)))
+def these_kernels(emulator, poisoned, monkeypatch):
+    """They are chosen, and without a GPU launches go to the emulator."""
+
+    def emulate(name, values):
+        emulator("lora_linear_mma", name.encode(), ctypes.byref(values), ctypes.c_size_t(ctypes.sizeof(values)))
+
+    if emulator is not None:
+        emulator.order(0)
+        monkeypatch.setattr(mma, "_run", emulate)
+    elif missing := mma.why_not():
+        pytest.skip(missing)
     monkeypatch.setattr(launch, "_kernels", "mma")
-
-
-def _bytes(values):
-    return ctypes.byref(values), ctypes.c_size_t(ctypes.sizeof(values))
 
 
 def tiles_of(name, R):
@@ -292,11 +305,66 @@ def test_a_weight_on_a_gpu_is_told_who_multiplies_it(monkeypatch):
         ("gemm", mma.Gemm(kind=1, M=1, N=1, P=1, BM=128, BN=64), "tiles must be 128 x 128 or 64 x 64"),
         ("columns", mma.Columns(kind=1, M=1, N=1, R=33, BN=256), "BN must be 256 up to rank 32, else 128"),
         ("columns", mma.Columns(kind=1, N=1, R=33, BN=128, dh_parts=16), "dh and dB from one pass go up to rank 32"),
-        ("columns", mma.Columns(kind=1, M=2**31, N=1, R=1, BN=256, chunk=64), "at most 2^31 - 1 by 65535 blocks"),
+        ("columns", mma.Columns(kind=1, M=2**30, N=1, R=1, BN=256, chunk=64), "at most 2^31 - 1 by 65535 blocks"),
         ("sum", mma.Columns(), "the arguments have another size"),
         ("up", mma.Sum(), "kernel must be down, gemm, columns or sum"),
     ],
 )
 def test_what_would_reach_other_memory_is_refused(name, values, error):
-    with pytest.raises(RuntimeError, match=f"lora_linear \\(CUDA C\\+\\+\\): .*{re.escape(error)}"):
+    with pytest.raises((RuntimeError, ValueError), match=f"lora_linear \\(CUDA C\\+\\+\\): .*{re.escape(error)}"):
         mma._run(name, values)
+
+
+@pytest.mark.gpu
+@halves
+@pytest.mark.parametrize(
+    "shape",
+    [(2048, 768, 768, 16), (513, 3072, 768, 64), (4096, 4096, 4096, 8), (300, 500, 1000, 128), (7, 3424, 384, 12)],
+)
+def test_on_a_gpu_usual_layers_are_as_good_as_torch(shape, dtype):
+    of_triton.test_on_a_gpu_usual_layers_are_as_good_as_torch(shape, dtype)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("R", [8, 16, 64, 128])
+@pytest.mark.parametrize("sizes", [[256] * 32, [4000, 1, 0, 95], [1] * 200], ids=["equal", "skewed", "single-rows"])
+def test_on_a_gpu_clients_are_as_good_as_torch(sizes, R):
+    of_triton.test_on_a_gpu_clients_are_as_good_as_torch(sizes, R)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("R", [8, 16, 40])
+def test_on_a_gpu_shared_inputs_are_as_good_as_torch(R):
+    of_triton.test_on_a_gpu_shared_inputs_are_as_good_as_torch(R)
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_offsets_go_beyond_two_to_the_31():
+    of_triton.test_on_a_gpu_offsets_go_beyond_two_to_the_31()
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_a_captured_step_replays():
+    of_triton.test_on_a_gpu_a_captured_step_replays()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("cut", CUTS)
+def test_on_a_gpu_small_problems_are_as_good_as_torch(cut):
+    """What the emulator proves, on the real thing: every cut and shape of above."""
+    for tiles in ("picked", "large"):
+        for dtype in HALVES.values():
+            test_clients_are_as_good_as_torch_one_by_one(cut, tiles, dtype)
+    for shape in SHAPES:
+        for tiles in ("picked", "large", "parted", "two-passes"):
+            test_one_adapter_is_as_good_as_torch(shape, tiles)
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_twenty_runs_have_the_same_bits():
+    for call, scaling, tensors, dys in problems_of_each_form():
+        mask = trained(tensors, *range(1, len(tensors), 4))
+        first = run(call, scaling, tensors, dys, mask)
+        for _ in range(20):
+            for got, want in zip(run(call, scaling, tensors, dys, mask), first, strict=True):
+                assert got is want is None or torch.equal(got, want)
