@@ -12,6 +12,7 @@
 #include "cpu/truncated_svd.h"
 #include "cpu/truncated_svd_tiles.h"
 #include "cuda/devices.h"
+#include "cuda/lora_linear_mma.h"
 #include "cuda/truncated_svd.h"
 
 namespace py = pybind11;
@@ -234,6 +235,10 @@ PYBIND11_MODULE(_C, module) {
     module.def("truncated_svd", &truncated_svd);
     module.def("has_tiles", &federa::has_tiles, "whether truncated_svd can take a Gram matrix on the tile units");
 #ifndef FEDERA_CUDA_MISSING
+    module.def("lora_linear_mma", [](const std::string& kernel, Address arguments, std::size_t bytes, Address stream) {
+        federa::mma_kernels::run(kernel.c_str(), reinterpret_cast<const void*>(arguments), bytes,
+                                 reinterpret_cast<void*>(stream));
+    });
     module.def("cholesky_qr", &cholesky_qr, "of panels on a GPU, on a stream; Y = Q R");
     module.def("cholesky_qr_work", &federa::cholesky_qr_work, "float64 entries that cholesky_qr needs beside them");
     module.def("symmetric_eigenpairs", &symmetric_eigenpairs, "of small matrices on a GPU, on a stream");

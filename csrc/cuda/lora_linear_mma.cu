@@ -1,5 +1,6 @@
 #include "cuda/lora_linear_mma.h"
 
+#include <initializer_list>
 #include <type_traits>
 
 #include "cuda/launch.h"
@@ -8,13 +9,18 @@
 namespace federa::mma_kernels {
 namespace {
 
+// Every kernel that has dynamic shared memory carries its BYTES in its name, where benchmarks/compile_check.py reads them.
+
 constexpr int pad = 8;                      // entries after each row of a tile: 8 rows of 16 bytes meet no bank twice
 constexpr int shared_limit = 99 * 1024;     // bytes that a block may have on every GPU from sm_80 on
 constexpr int band = 8;                     // row tiles that go over the columns together, so that they meet in L2
 
-__host__ __device__ constexpr Index least(Index a, Index b) { return a < b ? a : b; }
-__host__ __device__ constexpr Index most(Index a, Index b) { return a > b ? a : b; }
-__host__ __device__ constexpr Index blocks(Index size, Index block) { return (size + block - 1) / block; }
+constexpr int most(int a, int b) { return a > b ? a : b; }
+
+template <class Size>
+__host__ __device__ constexpr Size blocks(Size size, Size block) {
+    return (size + block - 1) / block;
+}
 
 template <class T>
 __device__ T rounded(float value) {
@@ -40,7 +46,7 @@ constexpr Kind kind_of = std::is_same_v<T, __half> ? float16 : bfloat16;
 // ---- Clients: as in triton_kernels.py ----
 
 // The client who has this row: the first one whose rows end after it.
-__device__ inline int client_of(Index row, const Segments& of) {
+__device__ inline int client_of(int row, const Segments& of) {
     int low = 0, high = static_cast<int>(of.C) - 1;
     while (low < high) {
         const int middle = (low + high) / 2;
@@ -56,7 +62,7 @@ __device__ inline int client_of(Index row, const Segments& of) {
 struct ClientRange {
     int first = 0, last = 0;
 
-    __device__ ClientRange(const Segments& of, Index start, Index stop) {
+    __device__ ClientRange(const Segments& of, int start, int stop) {
         if (of.offsets) first = client_of(start, of), last = client_of(stop - 1, of);
     }
     __device__ bool several() const { return first != last; }
@@ -67,13 +73,10 @@ struct Client {
     int begin, end, rank;
     float scale;
 
-    __device__ Client(const Segments& of, int c, Index start, Index stop, Index R, double scale_of_all) {
-        begin = 0, end = static_cast<int>(stop - start);
-        if (of.offsets) {
-            begin = static_cast<int>(most(of.offsets[c], start) - start);
-            end = static_cast<int>(least(of.offsets[c + 1], stop) - start);
-        }
-        rank = static_cast<int>(of.ranks ? least(of.ranks[c], R) : R);
+    __device__ Client(const Segments& of, int c, int start, int stop, int R, double scale_of_all) {
+        begin = of.offsets ? max(of.offsets[c], start) - start : 0;
+        end = (of.offsets ? min(of.offsets[c + 1], stop) : stop) - start;
+        rank = of.ranks ? min(of.ranks[c], R) : R;
         scale = of.scalings ? of.scalings[c] : static_cast<float>(scale_of_all);
     }
     __device__ bool has(int row) const { return begin <= row && row < end; }
@@ -88,7 +91,7 @@ struct Matrix {
     Index kind, stride_row, stride_column;
 
     // From this entry on.
-    __device__ Matrix at(Index row, Index column) const {
+    __device__ Matrix at(int row, int column) const {
         const Index entries = row * stride_row + column * stride_column;
         return {static_cast<const char*>(data) + entries * entry_bytes(kind), kind, stride_row, stride_column};
     }
@@ -119,7 +122,7 @@ __device__ void load_tile(T* tile, const Matrix& from, int first, int last, int 
     T* const to = tile + r * (COLUMNS + pad) + c;
     if (ALIGNED || is_aligned<T>(from)) {
         const T* const data = static_cast<const T*>(from.data);
-#pragma unroll 4
+#pragma unroll 8
         for (int i = 0; i < ROWS; i += step) {
             const int here = first <= r + i && r + i < last ? there : 0;
             copy_async(to + i * (COLUMNS + pad), here ? data + (r + i) * from.stride_row + c : data, 2 * here);
@@ -227,6 +230,7 @@ struct Product {
             else
                 load_tile<T, ALIGNED, BN, BK, threads>(right(stage), weight.at(0, from), 0, width, depth - from);
         };
+#pragma unroll 1
         for (int step = 0; step < last_stage; ++step) {
             if (step < steps) load(step);
             copy_commit();
@@ -259,79 +263,79 @@ struct Product {
 
 // ---- h = x A^T ----
 
-template <class P>
-__global__ void __launch_bounds__(P::threads, P::BN > 64 ? 2 : 4) down_kernel(const __grid_constant__ Down d) {
+template <class P, int BYTES>
+__global__ void __launch_bounds__(P::threads, P::BN > 64 ? 2 : 3) down_kernel(const __grid_constant__ Down d) {
     using T = typename P::T;
-    const Index start = static_cast<Index>(blockIdx.x) * P::BM, stop = least(start + P::BM, d.M);
-    const Index from = blockIdx.y * d.columns, depth = least(d.columns, d.K - from);
+    const int M = d.M, K = d.K, R = d.R, columns = d.columns;
+    const int start = blockIdx.x * P::BM, stop = min(start + P::BM, M), from = blockIdx.y * columns;
     const Matrix x{d.x, kind_of<T>, d.stride_x, 1};
     const ClientRange range(d.segments, start, stop);
     for (int c = range.first; c <= range.last; ++c) {
-        const Client own(d.segments, c, start, stop, d.R, d.scale);
+        const Client own(d.segments, c, start, stop, R, d.scale);
         const void* const own_A = static_cast<const char*>(d.lora_A) + c * d.stride_c * entry_bytes(d.A_kind);
         const Matrix A = right_operand<P>(own_A, d.A_kind, d.stride_k, d.stride_r);
         P product;
-        product.add(x.at(start, from), own.begin, own.end, P::deep ? A.at(from, 0) : A.at(0, from), own.rank, depth,
-                    [] {});
+        product.add(x.at(start, from), own.begin, own.end, P::deep ? A.at(from, 0) : A.at(0, from), own.rank,
+                    min(columns, K - from), [] {});
         product.each([&](int row, int r, float h) {
-            if (own.has(row) && r < d.R) d.parts[(blockIdx.y * d.M + start + row) * d.R + r] = own.scale * h;
+            if (own.has(row) && r < R) d.parts[(blockIdx.y * d.M + start + row) * d.R + r] = own.scale * h;
         });
     }
 }
 
 // ---- y and dx ----
 
-// The low-rank product of one term, in the last stage of P: `components` BK at a time, client by client.
-template <class P>
+// The low-rank product of one term, in the last stage of P: client by client, DEPTH components at a time.
+template <int DEPTH, class P>
 __device__ void add_low(P& product, const Gemm& g, const Term& term, typename P::T* low, const ClientRange& range,
-                        Index start, Index stop, Index left) {
+                        int start, int stop, int left) {
     using T = typename P::T;
+    constexpr int factor_width = P::deep ? P::BN : DEPTH, factor_rows = P::deep ? DEPTH : P::BN;
+    const int R = term.R, S = term.S, width = min(static_cast<int>(g.N) - left, P::BN);
     T *const a = P::left(P::last_stage), *const b = P::right(P::last_stage);
     for (int c = range.first; c <= range.last; ++c) {
-        const Client own(g.segments, c, start, stop, term.R, term.scale);
-        for (int at = 0; at < term.R; at += P::BK) {
-            const int components = static_cast<int>(least(term.R - at, P::BK)), depth = components > 16 ? P::BK : 16;
+        const Client own(g.segments, c, start, stop, R, term.scale);
+        for (int at = 0; at < R; at += DEPTH) {
             __syncthreads();  // all have left this stage
             bool finite = true;
-            for (int i = threadIdx.x; i < depth * P::BN; i += P::threads) {
-                const int r = P::deep ? i / P::BN : i % depth, n = P::deep ? i % P::BN : i / depth;
+            const int column = threadIdx.x % factor_width;
+#pragma unroll 8
+            for (int row = threadIdx.x / factor_width; row < factor_rows; row += P::threads / factor_width) {
+                const int r = at + (P::deep ? row : column), n = P::deep ? column : row;
                 float value = 0.0f;
-                if (at + r < own.rank && left + n < g.N)
+                if (r < own.rank && n < width)
                     value = own.scale * entry(term.factor, term.factor_kind,
-                                              c * term.stride_fc + (at + r) * term.stride_fr + (left + n) * term.stride_fn);
+                                              c * term.stride_fc + r * term.stride_fr + (left + n) * term.stride_fn);
                 T kept = rounded<T>(value);
                 if (range.several() && !isfinite(as_float(kept))) finite = false, kept = rounded<T>(0.0f);
-                b[P::deep ? r * P::right_stride + n : n * P::right_stride + r] = kept;
+                b[row * P::right_stride + column] = kept;
             }
             // NaN or inf in one client's factor must reach its rows only, and 0 * NaN is NaN: so such entries became 0,
             // and the client's own rows become NaN.
             const bool lost = range.several() && __syncthreads_or(!finite);
-            for (int i = threadIdx.x; i < P::BM * depth; i += P::threads) {
-                const int row = i / depth, r = i % depth;
+            const int r = threadIdx.x % DEPTH;
+#pragma unroll 8
+            for (int row = threadIdx.x / DEPTH; row < P::BM; row += P::threads / DEPTH) {
                 float h = 0.0f;
                 if (own.has(row) && at + r < own.rank)
-                    for (int s = 0; s < term.S; ++s)
+                    for (int s = 0; s < S; ++s)
                         h += term.down[(s * g.M + start + row) * term.stride_down + at + r];
                 const T kept = rounded<T>(h);
-                if (low && own.has(row) && r < components) low[(start + row) * g.stride_low + at + r] = kept;
+                if (low && own.has(row) && at + r < R) low[(start + row) * g.stride_low + at + r] = kept;
                 a[row * (P::BK + pad) + r] = lost && own.has(row) ? rounded<T>(NAN) : kept;
             }
             __syncthreads();
-            if (depth == 16)
-                product.template multiply<16>(a, b);
-            else
-                product.template multiply<P::BK>(a, b);
+            product.template multiply<DEPTH>(a, b);
         }
     }
 }
 
-template <class P>
-__global__ void __launch_bounds__(P::threads, P::BM > 64 ? 2 : 4) gemm_kernel(const __grid_constant__ Gemm g) {
+template <class P, int BYTES>
+__global__ void __launch_bounds__(P::threads, P::BM > 64 ? 2 : 3) gemm_kernel(const __grid_constant__ Gemm g) {
     using T = typename P::T;
-    const Index tiles_m = blocks(g.M, P::BM), tiles_n = blocks(g.N, P::BN), in_band = band * tiles_n;
-    const Index top = blockIdx.x / in_band * band, height = least(tiles_m - top, band), within = blockIdx.x % in_band;
-    const Index start = (top + within % height) * P::BM, left = within / height * P::BN;
-    const Index stop = least(start + P::BM, g.M);
+    const int M = g.M, N = g.N, block = blockIdx.x, tiles_n = blocks(N, P::BN), in_band = band * tiles_n;
+    const int top = block / in_band * band, height = min(blocks(M, P::BM) - top, band), within = block % in_band;
+    const int start = (top + within % height) * P::BM, left = within / height * P::BN, stop = min(start + P::BM, M);
     const ClientRange range(g.segments, start, stop);
     T* low = left == 0 ? static_cast<T*>(g.low) : nullptr;  // the first column of blocks leaves it for later
 
@@ -341,8 +345,11 @@ __global__ void __launch_bounds__(P::threads, P::BM > 64 ? 2 : 4) gemm_kernel(co
         const Matrix rows{term.rows, kind_of<T>, term.stride_rows, 1};
         const Matrix weight = right_operand<P>(term.weight, term.weight_kind, term.stride_wd, term.stride_wn);
         const Matrix own = P::deep ? weight.at(0, left) : weight.at(left, 0);
-        product.add(rows.at(start, 0), 0, stop - start, own, least(g.N - left, P::BN), term.D, [&] {
-            add_low(product, g, term, low, range, start, stop, left);
+        product.add(rows.at(start, 0), 0, stop - start, own, min(N - left, P::BN), term.D, [&] {
+            if (term.R <= 16)
+                add_low<16>(product, g, term, low, range, start, stop, left);
+            else
+                add_low<P::BK>(product, g, term, low, range, start, stop, left);
         });
         if (low) low += term.R;
     }
@@ -352,7 +359,7 @@ __global__ void __launch_bounds__(P::threads, P::BM > 64 ? 2 : 4) gemm_kernel(co
         for (int c = own_bias ? range.first : 0; c <= (own_bias ? range.last : 0); ++c) {
             const Client own(own_bias ? g.segments : Segments{}, c, start, stop, 0, 0.0);
             product.each([&](int row, int column, float& sum) {
-                if (own.has(row) && left + column < g.N)
+                if (own.has(row) && left + column < N)
                     sum += entry(g.bias, g.bias_kind, c * g.stride_bias + left + column);
             });
         }
@@ -364,16 +371,16 @@ __global__ void __launch_bounds__(P::threads, P::BM > 64 ? 2 : 4) gemm_kernel(co
     product.each([&](int row, int column, float sum) { tile[row * stride + column] = rounded<T>(sum); });
     __syncthreads();
     T* const out = static_cast<T*>(g.out);
-    const bool aligned = g.N % 8 == 0 && reinterpret_cast<std::uintptr_t>(out) % 16 == 0;
+    const bool aligned = N % 8 == 0 && reinterpret_cast<std::uintptr_t>(out) % 16 == 0;
     for (int i = threadIdx.x; i < P::BM * vectors; i += P::threads) {
         const int row = i / vectors, column = i % vectors * 8;
-        if (start + row >= stop || left + column >= g.N) continue;
+        if (start + row >= stop || left + column >= N) continue;
         const T* const from = tile + row * stride + column;
         T* const to = out + (start + row) * g.N + left + column;
         if (aligned)
             *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(from);
         else
-            for (int e = 0; e < 8 && left + column + e < g.N; ++e) to[e] = from[e];
+            for (int e = 0; e < 8 && left + column + e < N; ++e) to[e] = from[e];
     }
 }
 
@@ -389,24 +396,23 @@ struct Pass {
     static_assert(bytes <= shared_limit && (wide || bytes_with_factor <= shared_limit));
 };
 
-template <class P>
+template <class P, int BYTES>
 __global__ void __launch_bounds__(P::threads, 2) columns_kernel(const __grid_constant__ Columns g) {
     using T = typename P::T;
     constexpr int RP = P::RP, BM = P::BM, BN = P::BN, WN = P::WN;
     T* const rows_tiles = reinterpret_cast<T*>(shared_memory());
     T* const low_tiles = rows_tiles + 2 * P::rows_entries;
     T* const factor_tile = low_tiles + 2 * P::low_entries;
-    const Index start = blockIdx.y * g.chunk, stop = least(start + g.chunk, g.M);
-    const Index left = static_cast<Index>(blockIdx.x) * BN;
-    const int warp = threadIdx.x / 32, width = least(g.N - left, BN);
+    const int M = g.M, N = g.N, R = g.R, chunk = g.chunk;
+    const int start = blockIdx.y * chunk, stop = min(start + chunk, M), left = blockIdx.x * BN;
+    const int warp = threadIdx.x / 32, width = min(N - left, BN);
     const Matrix rows{g.rows, kind_of<T>, g.stride_rows, 1}, low{g.low, kind_of<T>, g.stride_low, 1};
     const ClientRange range(g.segments, start, stop);
     for (int c = range.first; c <= range.last; ++c) {
-        const Client own(g.segments, c, start, stop, g.R, g.scale);
-        const int steps = static_cast<int>(blocks(own.end - own.begin, BM));
+        const Client own(g.segments, c, start, stop, R, g.scale);
+        const int steps = blocks(own.end - own.begin, BM);
         const auto load = [&](int step) {
-            const Index at = start + own.begin + step * BM;
-            const int here = own.end - own.begin - step * BM;
+            const int at = start + own.begin + step * BM, here = own.end - own.begin - step * BM;
             load_tile<T, false, BM, BN, P::threads>(rows_tiles + step % 2 * P::rows_entries, rows.at(at, left), 0, here, width);
             if (g.pieces)
                 load_tile<T, false, BM, RP, P::threads>(low_tiles + step % 2 * P::low_entries, low.at(at, 0), 0, here, own.rank);
@@ -453,7 +459,7 @@ __global__ void __launch_bounds__(P::threads, 2) columns_kernel(const __grid_con
             if constexpr (!P::wide) {
                 if (g.dh_parts) {
                     float dh[RP / 8][4] = {};
-#pragma unroll 4
+#pragma unroll 8
                     for (int n = 0; n < BN; n += 16) {
                         std::uint32_t of_rows[4];
                         load_block(of_rows, tile, BN + pad, warp * 16, n);
@@ -470,7 +476,7 @@ __global__ void __launch_bounds__(P::threads, 2) columns_kernel(const __grid_con
 #pragma unroll
                         for (int e = 0; e < 4; ++e) {
                             const int row = own.begin + step * BM + warp * 16 + row_of(e), r = 8 * j + column_of(e);
-                            if (row < own.end && r < g.R)
+                            if (row < own.end && r < R)
                                 g.dh_parts[(blockIdx.x * g.M + start + row) * g.R + r] = own.scale * dh[j][e];
                         }
                 }
@@ -485,17 +491,16 @@ __global__ void __launch_bounds__(P::threads, 2) columns_kernel(const __grid_con
                 for (int j = 0; j < RP / 8; ++j)
 #pragma unroll
                     for (int e = 0; e < 4; ++e) {
-                        const Index n = left + warp * WN + 16 * i + row_of(e);
-                        const int r = 8 * j + column_of(e);
-                        if (n < g.N && r < g.R)
+                        const int n = left + warp * WN + 16 * i + row_of(e), r = 8 * j + column_of(e);
+                        if (n < N && r < R)
                             g.pieces[piece + n * g.piece_column + r * g.piece_rank] = own.scale * grads[i][j][e];
                     }
         }
         if (g.sums) {
 #pragma unroll
             for (int i = 0; i < BN / P::threads; ++i) {
-                const Index n = left + threadIdx.x + i * P::threads;
-                if (n < g.N) g.sums[piece + n] = sums[i];
+                const int n = left + threadIdx.x + i * P::threads;
+                if (n < N) g.sums[piece + n] = sums[i];
             }
         }
     }
@@ -567,6 +572,10 @@ const Arguments& of(const void* arguments, std::size_t bytes) {
     return *static_cast<const Arguments*>(arguments);
 }
 
+void need_int(std::initializer_list<Index> sizes) {
+    for (Index size : sizes) need(0 <= size && size <= 0x7fffffff, "sizes must be 0 to 2^31 - 1");
+}
+
 dim3 grid_of(Index x, Index y) {
     need(x <= 0x7fffffff && y <= 65535, "the grid must have at most 2^31 - 1 by 65535 blocks");
     return dim3(static_cast<unsigned>(x), static_cast<unsigned>(y));
@@ -574,6 +583,7 @@ dim3 grid_of(Index x, Index y) {
 
 void down(const Down& d, void* stream) {
     if (d.M == 0) return;
+    need_int({d.M, d.K, d.columns});
     const bool along_r = d.stride_r == 1 && d.stride_k != 1;
     with_type(d.kind, [&](auto type) {
         using T = typename decltype(type)::type;
@@ -581,11 +591,11 @@ void down(const Down& d, void* stream) {
         const bool all_aligned = is_aligned<T>({d.x, d.kind, d.stride_x, 1}) && d.stride_c % 8 == 0 &&
                                  is_aligned<T>({d.lora_A, d.A_kind, rows_of_A, in_row}) && d.columns % 8 == 0;
         with_rank(d.R, [&](auto rank) {
-            with_flag(along_r, [&](auto deep) {
+            with_flag(along_r && all_aligned, [&](auto deep) {
                 with_flag(all_aligned, [&](auto aligned) {
                     constexpr int RP = rank(), stages = RP > 64 ? 3 : 4;
-                    using P = Product<T, 64, RP, 64, 4, 1, stages, deep(), aligned()>;
-                    launch(down_kernel<P>, grid_of(blocks(d.M, P::BM), d.splits), P::threads, P::bytes,
+                    using P = Product<T, 64, RP, 64, 4, 1, stages, deep() && aligned(), aligned()>;
+                    launch(down_kernel<P, P::bytes>, grid_of(blocks<Index>(d.M, P::BM), d.splits), P::threads, P::bytes,
                            static_cast<cudaStream_t>(stream), d);
                 });
             });
@@ -595,42 +605,48 @@ void down(const Down& d, void* stream) {
 
 void gemm(const Gemm& g, void* stream) {
     if (g.M == 0 || g.N == 0) return;
+    need_int({g.M, g.N});
     need(1 <= g.P && g.P <= max_terms, "one product takes 1 to 4 terms");
     const bool large = g.BM == 128 && g.BN == 128;
     need(large || (g.BM == 64 && g.BN == 64), "tiles must be 128 x 128 or 64 x 64");
-    const dim3 grid = grid_of(blocks(g.M, g.BM) * blocks(g.N, g.BN), 1);
     const bool along_n = g.terms[0].stride_wn == 1 && g.terms[0].stride_wd != 1;
     with_type(g.kind, [&](auto type) {
         using T = typename decltype(type)::type;
         bool all_aligned = true;
         for (int p = 0; p < g.P; ++p) {
             const Term& t = g.terms[p];
+            need_int({t.D, t.R, t.S});
             const Index row = along_n ? t.stride_wd : t.stride_wn, in_row = along_n ? t.stride_wn : t.stride_wd;
             all_aligned = all_aligned && is_aligned<T>({t.rows, g.kind, t.stride_rows, 1}) &&
                           is_aligned<T>({t.weight, t.weight_kind, row, in_row});
         }
-        with_flag(along_n, [&](auto deep) {
-            with_flag(all_aligned, [&](auto aligned) {
-                using Large = Product<T, 128, 128, 32, 2, 4, 4, deep(), aligned()>;
-                using Small = Product<T, 64, 64, 32, 2, 2, 4, deep(), aligned()>;
-                if (large)
-                    launch(gemm_kernel<Large>, grid, Large::threads, Large::bytes, static_cast<cudaStream_t>(stream), g);
-                else
-                    launch(gemm_kernel<Small>, grid, Small::threads, Small::bytes, static_cast<cudaStream_t>(stream), g);
-            });
+        with_flag(along_n && all_aligned, [&](auto deep) {
+            const auto start = [&](auto product) {
+                using P = typename decltype(product)::type;
+                launch(gemm_kernel<P, P::bytes>, grid_of(blocks<Index>(g.M, P::BM) * blocks<Index>(g.N, P::BN), 1), P::threads,
+                       P::bytes, static_cast<cudaStream_t>(stream), g);
+            };
+            if (large && all_aligned)
+                start(Type<Product<T, 128, 128, 32, 2, 2, 4, deep(), true>>());
+            else if (all_aligned)
+                start(Type<Product<T, 64, 64, 32, 2, 2, 4, deep(), true>>());
+            else  // entry by entry: no large tile makes that fast
+                start(Type<Product<T, 64, 64, 32, 2, 2, 4, false, false>>());
         });
     });
 }
 
 void columns(const Columns& g, void* stream) {
     if (g.N == 0) return;  // without rows gradients are zero
+    need_int({g.M, g.N, g.chunk});
     with_type(g.kind, [&](auto type) {
         with_rank(g.R, [&](auto rank) {
             using P = Pass<typename decltype(type)::type, rank(), rank() <= 32 ? 256 : 128>;
             need(!(P::wide && g.dh_parts), "dh and dB from one pass go up to rank 32");
             need(g.BN == P::BN, "BN must be 256 up to rank 32, else 128");
-            launch(columns_kernel<P>, grid_of(blocks(g.N, P::BN), most(1, blocks(g.M, g.chunk))), P::threads,
-                   g.dh_parts ? P::bytes_with_factor : P::bytes, static_cast<cudaStream_t>(stream), g);
+            constexpr int most_bytes = P::wide ? P::bytes : P::bytes_with_factor;
+            launch(columns_kernel<P, most_bytes>, grid_of(blocks<Index>(g.N, P::BN), g.M ? blocks(g.M, g.chunk) : 1),
+                   P::threads, g.dh_parts ? most_bytes : P::bytes, static_cast<cudaStream_t>(stream), g);
         });
     });
 }
@@ -638,7 +654,7 @@ void columns(const Columns& g, void* stream) {
 void sum(const Sum& g, void* stream) {
     const Index size = g.size_A + g.size_B + g.size_b;
     if (size == 0) return;
-    launch(sum_kernel, grid_of(blocks(size, sum_threads), g.C), sum_threads, 0, static_cast<cudaStream_t>(stream), g);
+    launch(sum_kernel, grid_of(blocks<Index>(size, sum_threads), g.C), sum_threads, 0, static_cast<cudaStream_t>(stream), g);
 }
 
 }  // namespace

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from .._checks import failure
-
 from . import mma
 from .reference import rank_columns
 from .tiles import Tile, Tiles, pick_mma_tiles, pick_tiles

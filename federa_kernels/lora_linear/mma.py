@@ -1,15 +1,16 @@
-"""Launches the kernels of csrc/cuda/lora_linear_mma.h, each in place of the Triton kernel that takes the same arguments.
+"""Launches the kernels of csrc/cuda/lora_linear_mma.h, each in place of the Triton kernel with the same arguments.
 
 A launch is the address of a struct; the structs here mirror those of the header, field by field.
 """
 
 import ctypes
+import functools
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .._extension import load_extension, why_no_extension
+from .._extension import BUILD, load_extension, why_no_extension
 from .tiles import Tile
 
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
@@ -17,6 +18,7 @@ DTYPES = (torch.bfloat16, torch.float16)  # of rows
 MAX_TERMS = 4
 
 
+@functools.cache
 def why_not() -> str | None:
     """What keeps this build from launching them; None where nothing does."""
     extension = load_extension()
@@ -24,6 +26,8 @@ def why_not() -> str | None:
         return f"lora_linear: the kernels in CUDA C++ must be built, federa_kernels._C is {why_no_extension()}"
     if missing := extension.build_info()["cuda_missing"]:
         return f"lora_linear: the kernels in CUDA C++ must be built, this build has no CUDA half: {missing}"
+    if not hasattr(extension, "lora_linear_mma"):
+        return f"lora_linear: the kernels in CUDA C++ must be built, this build is older than they are; {BUILD}"
     return None
 
 
@@ -61,7 +65,9 @@ class Gemm(ctypes.Structure):
 
 class Columns(ctypes.Structure):
     _fields_ = [
-        *_fields("kind M N R chunk BN rows* stride_rows low* stride_low factor* factor_kind stride_c stride_n stride_r"),
+        *_fields(
+            "kind M N R chunk BN rows* stride_rows low* stride_low factor* factor_kind stride_c stride_n stride_r"
+        ),
         *_fields("dh_parts* pieces* piece_column piece_rank sums* stride_piece scale."),
         ("segments", Segments),
     ]

@@ -84,7 +84,7 @@ def pick_tiles(M: int, N: int, K: int, R: int, dtype: torch.dtype, arch: int, cl
 
 
 # Those that csrc/cuda/lora_linear_mma.cu has, for every GPU from sm_80 on.
-MMA_GEMM = (Tile(128, 128, 32, 8, 4, True), Tile(64, 64, 32, 4, 4, True))
+MMA_GEMM = (Tile(128, 128, 32, 4, 4, True), Tile(64, 64, 32, 4, 4, True))
 MMA_DOWN = Tile(64, 0, 64, 4, 4, True)
 MMA_GRAD, MMA_WIDE_GRAD = Tile(64, 256, 0, 4, 2, True), Tile(64, 128, 0, 4, 2, True)
 

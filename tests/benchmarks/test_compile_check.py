@@ -42,6 +42,14 @@ def test_a_tile_that_must_not_ship_is_named(changes, problem):
     assert row(**changes).problems() == [problem]
 
 
+def test_a_cuda_kernel_has_a_name_that_says_its_shared_memory():
+    mangled = "_ZN6federa11mma_kernels12_GLOBAL__N_111gemm_kernelINS1_7ProductI6__halfLi64ELb1EEELi40960EEEvNS0_4GemmE"
+    assert compile_check.readable(mangled) == ("gemm_kernel<Product<half, 64, true>, 40960>", 40960)
+    assert compile_check.readable("_ZN6federa10sum_kernelENS_3SumE") == ("sum_kernel", 0)
+    assert row(kernel="gemm_kernel<Product<half>, 8>", mma={"HGMMA": 1}).problems() == ["has no HMMA"]
+    assert not row(kernel="sum_kernel", mma={}).problems()
+
+
 def test_what_may_ship():
     assert not row().problems()
     assert not row(mma={}, case="M64 fp32").problems()  # full precision has no tensor cores
