@@ -227,8 +227,9 @@ def compile_cuda(folder: Path) -> Iterator[Compiled]:
 def readable(mangled: str) -> tuple[str, int]:
     """A kernel's name without namespaces and arguments; the dynamic shared memory that its last constant says."""
     done = subprocess.run(["c++filt", mangled], capture_output=True, text=True, check=True).stdout.strip()
-    name = re.sub(r"\w+::|\(anonymous namespace\)::|^void |\b__(?:nv_)?|\([^()]*\)$", "", done).replace("> >", ">>")
-    dynamic = re.search(r">, (\d+)>$", name)
+    name = re.sub(r"\w+::|\(anonymous namespace\)::|^void |\b__(?:nv_)?", "", done).replace("> >", ">>")
+    name = re.sub(r"\([^()]*\)$", "", name)
+    dynamic = re.search(r"[< ](\d+)>$", name)
     return name, int(dynamic[1]) if dynamic else 0
 
 

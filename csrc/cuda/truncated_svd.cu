@@ -35,8 +35,8 @@ __device__ inline void place_of(int t, int& row, int& column) {
 
 // partial (G, blocks, tiles, 16): the part of Y^T Y that this block's rows make, in tiles of its lower triangle. A
 // thread sums one tile over every `lanes`-th row, or `per_thread` tiles over all of them.
-template <class T, int per_thread>
-__global__ void __launch_bounds__(threads) gram(Panel<const T> Y, int K, int b, double* partial) {
+template <int per_thread, class T>
+__global__ void __launch_bounds__(threads) gram_kernel(Panel<const T> Y, int K, int b, double* partial) {
     __shared__ double held[rows_held * most];
     const int g = blockIdx.x, at = threadIdx.x, width = tile * tiles_across(b), tiles = tiles_below(b);
     const int lanes = per_thread == 1 ? threads / tiles : 1;
@@ -89,9 +89,9 @@ __global__ void __launch_bounds__(threads) gram(Panel<const T> Y, int K, int b, 
 // that makes G = L D L^T, applied to the identity as well: one barrier a column. The lower triangle of M holds what is
 // left of G, the upper one the transposed inverse of the unit L. Where R's diagonal is negligible its row and the
 // inverse's column become zero.
-template <class T>
-__global__ void __launch_bounds__(threads) factor(const double* partial, int blocks, int b, double* R, long R_batch,
-                                                  T* inverse) {
+template <class T, int most_bytes>
+__global__ void __launch_bounds__(threads)
+    factor_kernel(const double* partial, int blocks, int b, double* R, long R_batch, T* inverse) {
     double* const M = reinterpret_cast<double*>(shared_memory());
     double* const roots = M + b * odd(b);
     __shared__ double longest;
@@ -148,7 +148,7 @@ __global__ void __launch_bounds__(threads) factor(const double* partial, int blo
 // Q = Y R^-1, or noise in the columns whose inverse is zero. A block does rows_held rows, so Q may be Y.
 template <class T>
 __global__ void __launch_bounds__(threads)
-    apply(Panel<const T> Y, const T* inverse, const T* noise, Panel<T> Q, int K, int b) {
+    apply_kernel(Panel<const T> Y, const T* inverse, const T* noise, Panel<T> Q, int K, int b) {
     __shared__ T held[rows_held * most];
     constexpr int together = 4;  // rows of a thread, which share what it reads of the inverse
     const int g = blockIdx.x, at = threadIdx.x, start = blockIdx.y * rows_held, rows = smaller(rows_held, K - start);
@@ -167,7 +167,8 @@ __global__ void __launch_bounds__(threads)
 #pragma unroll
         for (int i = 0; i < together; ++i) {
             const int k = row + i * rows_held / together;
-            if (k < rows) Q.row(g, start + k)[column] = dead ? noise[(start + k) * static_cast<long>(b) + column] : sums[i];
+            if (k >= rows) break;
+            Q.row(g, start + k)[column] = dead ? noise[static_cast<long>(start + k) * b + column] : sums[i];
         }
     }
 }
@@ -201,7 +202,9 @@ constexpr int vectors_held = 96;  // so many may lie beside the matrix, all othe
 // A block has one matrix, n padded to even by a zero row. A round rotates n / 2 disjoint pairs of rows and columns at
 // once: a thread takes the four entries where two pairs cross and their mirror images, so nobody waits between rows and
 // columns. Rows of V are the eigenvectors. Ends with the sweep that finds every entry off the diagonal below rounding.
-__global__ void __launch_bounds__(2 * threads, 1) jacobi(const double* H, int n, double* values, double* vectors) {
+template <int most_bytes>
+__global__ void __launch_bounds__(2 * threads, 1)
+    jacobi_kernel(const double* H, int n, double* values, double* vectors) {
     double* const M = reinterpret_cast<double*>(shared_memory());
     __shared__ double largest[2 * threads];
     __shared__ Rotation rotations[most / 2];
@@ -290,6 +293,7 @@ __global__ void __launch_bounds__(2 * threads, 1) jacobi(const double* H, int n,
     }
 }
 
+// Shared memory of a launch. The most that there may be is in the kernels' names, for `benchmarks compile_check`.
 constexpr long factor_bytes(long b) { return (b * odd(static_cast<int>(b)) + b) * 8; }
 
 constexpr long jacobi_bytes(long n) {
@@ -297,26 +301,22 @@ constexpr long jacobi_bytes(long n) {
     return (n <= vectors_held ? 2 : 1) * even * odd(static_cast<int>(even)) * 8;
 }
 
-constexpr long limit = 163 * 1024, for_static = 6 * 1024;  // of a block on sm_80; of it what kernels declare
-static_assert(factor_bytes(most) + for_static <= limit && jacobi_bytes(most) + for_static <= limit &&
-              jacobi_bytes(vectors_held) + for_static <= limit);
-
 long blocks_of(long K) { return (K + rows_of_block - 1) / rows_of_block; }
 
 template <class T>
-void run_cholesky_qr(long G, long K, long b, const Panels& Y, const Panels& Q, const void* noise, double* R, long R_batch,
-                     double* work, cudaStream_t stream) {
+void run_cholesky_qr(long G, long K, long b, const Panels& Y, const Panels& Q, const void* noise, double* R,
+                     long R_batch, double* work, cudaStream_t stream) {
     const Panel<const T> from{static_cast<const T*>(Y.data), Y.batch_stride, Y.row_stride};
     const Panel<T> to{static_cast<T*>(Q.data), Q.batch_stride, Q.row_stride};
     const long blocks = blocks_of(K);
     T* const inverse = reinterpret_cast<T*>(work);
     double* const partial = work + G * b * b;
     const int rows = static_cast<int>(K), columns = static_cast<int>(b);
-    const auto sums = tiles_below(columns) <= threads ? gram<T, 1> : gram<T, 3>;
+    const auto sums = tiles_below(columns) <= threads ? gram_kernel<1, T> : gram_kernel<3, T>;
     launch(sums, dim3(G, blocks), threads, 0, stream, from, rows, columns, partial);
-    launch(factor<T>, G, threads, factor_bytes(b), stream, partial, static_cast<int>(blocks),
+    launch(factor_kernel<T, factor_bytes(most)>, G, threads, factor_bytes(b), stream, partial, static_cast<int>(blocks),
            columns, R, R_batch, inverse);
-    launch(apply<T>, dim3(G, (K + rows_held - 1) / rows_held), threads, 0, stream, from, inverse,
+    launch(apply_kernel<T>, dim3(G, (K + rows_held - 1) / rows_held), threads, 0, stream, from, inverse,
            static_cast<const T*>(noise), to, rows, columns);
 }
 
@@ -339,8 +339,8 @@ void cholesky_qr(bool wide, long G, long K, long b, Panels Y, Panels Q, const vo
 
 void symmetric_eigenpairs(long G, long n, const double* H, double* values, double* vectors, void* stream) {
     need(G > 0 && n > 0 && n <= widest_panel, "symmetric_eigenpairs: sizes out of range");
-    launch(jacobi, G, n <= 48 ? threads : 2 * threads, jacobi_bytes(n), static_cast<cudaStream_t>(stream), H,
-           static_cast<int>(n), values, vectors);
+    launch(jacobi_kernel<jacobi_bytes(most)>, G, n <= 48 ? threads : 2 * threads, jacobi_bytes(n),
+           static_cast<cudaStream_t>(stream), H, static_cast<int>(n), values, vectors);
 }
 
 }  // namespace federa

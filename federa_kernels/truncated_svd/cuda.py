@@ -3,6 +3,7 @@
 Kernels of csrc/cuda where they are built, and the same in torch where they are not and on every other device.
 """
 
+import functools
 from typing import Any
 
 import torch
@@ -14,12 +15,18 @@ from . import krylov
 WIDEST = 136  # columns of a panel: what is kept of its Gram matrix fits the shared memory of sm_80
 
 
-def _module(panel: Tensor) -> Any:
-    """The extension where it has kernels for this panel, or None."""
+@functools.cache
+def _kernels(device: torch.device) -> Any:
+    """The extension where it was built with kernels for this device, or None."""
     module = load_extension()
-    if panel.device.type != "cuda" or panel.shape[-1] > WIDEST or not hasattr(module, "cholesky_qr"):
+    if device.type != "cuda" or not hasattr(module, "cholesky_qr"):
         return None
-    return module
+    return module if torch.cuda.get_device_capability(device) >= (8, 0) else None
+
+
+def _module(panel: Tensor) -> Any:
+    """The same if it takes panels as wide as this one."""
+    return _kernels(panel.device) if panel.shape[-1] <= WIDEST else None
 
 
 def orthonormalise(Y: Tensor, noise: Tensor, Q: Tensor, R: Tensor) -> None:
