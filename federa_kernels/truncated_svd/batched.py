@@ -16,7 +16,7 @@ from torch import Tensor
 from . import cuda, krylov, reference
 
 OVERSAMPLING = 8  # beside R columns a block: memory decides on a GPU, so wide blocks and few readings of A
-ROUNDS, DEGREE = 5, 6  # of the Chebyshev iteration: 30 products with the projected matrix
+DEGREE = 6  # of the Chebyshev polynomials
 STEEP = 2.5  # where Ritz values far above the rest are moved to, which fill -1 to 1
 LIFT = 256.0  # brings columns of norm 1 out of what float16 rounds to multiples of 6e-8
 RUNS = 2  # each from what the one before found
@@ -48,20 +48,20 @@ def takes(A: Tensor, rank: int) -> bool:
 def most(A: Tensor, rank: int) -> int:
     """How many matrices like it to take at a time."""
     n = min(A.shape)
-    grams = 0 if steps_for(n, rank, 1e-6) else 20 * n * n  # in float32 and twice in float64
-    return max(1, MOST_BYTES // (A.dtype.itemsize * A.numel() + grams))
+    m = steps_for(n, rank, 1e-6) * (rank + OVERSAMPLING) or n
+    return max(1, MOST_BYTES // (A.dtype.itemsize * A.numel() + 4 * n * m + 16 * m * m))
 
 
 def steps_for(n: int, rank: int, goal: float) -> int:
     """Blocks of the Krylov space of n = min(N, K) columns; 0 where that would not be much smaller than n.
 
-    At 1e-6 and R = 16 10 for 384, 11 for 768 and 14 for 4096; one more divides the bound by about 16. It came to 6e-8
-    on MiniLM's matrices, on realistic spectra to 2e-8 at 768 and 1e-7 at 2048.
+    At 1e-6 and R = 16 11 for 384, 12 for 768 and 15 for 4096; one more divides the bound by about 16, and ranks twice
+    as high take one more.
     """
     b = rank + OVERSAMPLING
     if n < 16 * b:
         return 0
-    return max(2, min(n.bit_length() - 4 + math.ceil(-math.log(goal, 16)), n // b - 1))
+    return max(2, min(n.bit_length() + b.bit_length() - 8 + math.ceil(-math.log(goal, 16)), n // b - 1))
 
 
 class Products:
@@ -130,11 +130,12 @@ def _ritz_vectors(H: Tensor, X: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
     """
     G, m, b = X.shape
     theta, R = H.new_zeros(G, b), H.new_empty(G, b, b)
-    for turn in range(ROUNDS + 1):
+    turns = max(5, b.bit_length())  # R = 16: 30 products with H, R = 128: 48
+    for turn in range(turns + 1):
         image, before = H @ X, theta
         theta, rotation = cuda.eigenpairs(X.mT @ image)
         X = X @ rotation
-        if turn == ROUNDS:
+        if turn == turns:
             break
         cut = torch.maximum(theta[:, -1:], 1e-8 * theta[:, :1])
         level = theta * (2 / cut) - 1

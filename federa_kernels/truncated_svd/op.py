@@ -80,7 +80,8 @@ def _by_batches(matrices: Sequence[Tensor], rank: int, options: Options) -> dict
     for indices in groups.values():
         most = batched.most(matrices[indices[0]], rank)
         for some in (indices[i : i + most] for i in range(0, len(indices), most)):
-            found = batched.factor([matrices[index].detach() for index in some], rank, goal)
+            with torch.cuda.device_of(matrices[some[0]]):
+                found = batched.factor([matrices[index].detach() for index in some], rank, goal)
             for index, factors in zip(some, found, strict=True):
                 A = matrices[index]
                 tall = A if A.shape[0] >= A.shape[1] else A.mT
