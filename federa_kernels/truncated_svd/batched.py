@@ -74,6 +74,7 @@ class Products:
         self.A = A
         exponents = torch.zeros_like(norms) if A.dtype == torch.float32 else -torch.frexp(norms)[1]
         self.scale = torch.ldexp(torch.ones_like(norms), exponents)[:, None, None]
+        self.lowered = self.scale / LIFT
 
     def __call__(self, X: Tensor, *, transposed: bool = False, parts: int = 2) -> Tensor:
         A = self.A.mT if transposed else self.A
@@ -81,10 +82,10 @@ class Products:
             return torch.bmm(A, X)
         split = X.new_empty(*X.shape[:2], parts, X.shape[2], dtype=A.dtype)
         rest = X * LIFT
-        for part in split.unbind(2):
-            part.copy_(rest)
-            rest = rest - part
-        return cuda.product(A, split.flatten(2)).unflatten(2, (parts, -1)).sum(2).mul_(self.scale / LIFT)
+        for i in range(parts):
+            rest = rest - split[:, :, i - 1] if i else rest
+            split[:, :, i] = rest
+        return cuda.product(A, split.flatten(2)).unflatten(2, (parts, -1)).sum(2).mul_(self.lowered)
 
     def gram(self) -> Tensor:
         """`scale`^2 A^T A."""

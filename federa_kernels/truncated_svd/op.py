@@ -146,7 +146,8 @@ def truncated_svd(
     tol           the energy that may be lost, as a part of what the best rank-R matrix captures
     method        full    LAPACK gesdd, or cuSOLVER on a GPU
                   gram    eigenvectors of the smaller of A^T A and A A^T
-                  krylov  block Lanczos on it (arXiv 1504.05477), stopped by a bound on the loss
+                  krylov  block Lanczos on it (arXiv 1504.05477), stopped by a bound on the loss; on a GPU whole batches
+                          in a fixed number of steps, then the bound
                   auto    the one that measures fastest for the shape and rank
     reproducible  iterate, in float64, until U S V^T is within 1e-4 of what any device, thread count and seed gives;
                   warns, naming the gap, where singular values R and R + 1 are tied and no such product exists
@@ -158,7 +159,8 @@ def truncated_svd(
     probability below (0.8 d)^b; a run that converges amplifies d = 1e-6, b = 4 enough to be seen, so below 1e-24 for
     each. More than b equal singular values are looked for when b are found. `verify` leaves nothing to chance.
 
-    No global randomness is used: a matrix gives the same bits alone and among others, for one number of threads.
+    No global randomness is used: a matrix gives the same bits alone and among others, for one number of threads; on a
+    GPU in any place of a batch of one size.
     Raises ValueError for shapes, the rank, options and entries that are not finite, TypeError for dtypes.
     """
     _check_options(tol, method)
