@@ -173,27 +173,22 @@ __global__ void __launch_bounds__(threads)
     }
 }
 
-struct Rotation {
+struct Rotation {  // of rows and columns p < q
     double cosine, sine, tangent;
+    int p, q;
 };
 
-// The two that meet in place i of a round, of n players, n even: one stays, the others go round.
-__device__ inline void meet(int i, int round, int n, int& p, int& q) {
-    p = i == 0 ? n - 1 : (round + i) % (n - 1);
-    q = i == 0 ? round : (round + n - 1 - i) % (n - 1);
-    if (p > q) {
-        const int larger = p;
-        p = q, q = larger;
-    }
-}
-
-__device__ inline Rotation rotation_of(double pp, double qq, double pq, double negligible_entry, int* rotated) {
-    if (!(fabs(pq) > negligible_entry)) return {1, 0, 0};
-    *rotated = 1;
-    const double ratio = (qq - pp) / (2 * pq);
+// What zeroes M(p, q) for the pair in place i of a round, of n players, n even: one stays, the others go round.
+__device__ inline Rotation rotation_of(const double* M, int stride, int i, int round, int n, double negligible_entry) {
+    const int other = i == 0 ? n - 1 : round + i < n - 1 ? round + i : round + i - (n - 1);
+    const int one = round >= i ? round - i : round - i + n - 1;
+    const int p = smaller(one, other), q = one + other - p;
+    const double pq = M[p * stride + q];
+    if (!(fabs(pq) > negligible_entry)) return {1, 0, 0, p, q};
+    const double ratio = (M[q * stride + q] - M[p * stride + p]) / (2 * pq);
     const double tangent = copysign(1 / (fabs(ratio) + sqrt(1 + ratio * ratio)), ratio);
     const double cosine = 1 / sqrt(1 + tangent * tangent);
-    return {cosine, tangent * cosine, tangent};
+    return {cosine, tangent * cosine, tangent, p, q};
 }
 
 constexpr int most_sweeps = 30;  // 6 to 10 are the rule
@@ -238,20 +233,16 @@ __global__ void __launch_bounds__(2 * threads, 1)
         for (int round = 0; round < even - 1; ++round) {
             __syncthreads();
             for (int i = at; i < pairs; i += count) {
-                int p, q;
-                meet(i, round, even, p, q);
-                rotations[i] = rotation_of(M[p * stride + p], M[q * stride + q], M[p * stride + q], negligible_entry,
-                                           &rotated);
+                rotations[i] = rotation_of(M, stride, i, round, even, negligible_entry);
+                if (rotations[i].tangent != 0) rotated = 1;
             }
             __syncthreads();
             for (int i = warp; i < pairs; i += warps) {
-                int p, q;
-                meet(i, round, even, p, q);
                 const Rotation a = rotations[i];
+                const int p = a.p, q = a.q;
                 for (int j = i + lane; j < pairs; j += 32) {
-                    int r, s;
-                    meet(j, round, even, r, s);
                     const Rotation c = rotations[j];
+                    const int r = c.p, s = c.q;
                     if (i == j) {
                         const double pq = M[p * stride + q];
                         M[p * stride + p] -= a.tangent * pq;
