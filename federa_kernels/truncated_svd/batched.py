@@ -125,9 +125,9 @@ def _projected(A: Products, start: Tensor, noise: Tensor, steps: int) -> tuple[T
 def _ritz_vectors(H: Tensor, X: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
     """The leading eigenvectors (G,m,b) of a positive semidefinite H (G,m,m) float64; what their values gained last.
 
-    X (G,m,b): orthonormal, to start from. Filters by Chebyshev polynomials on [0,
-    the least Ritz value], between which Ritz vectors are taken. Those that are found and lie far above the rest are
-    moved down to STEEP: the filter would raise what is left of them in others above everything else.
+    X (G,m,b): orthonormal, to start from. Filters by Chebyshev polynomials on [0, the least Ritz value], between which
+    Ritz vectors are taken. Those that are found and lie far above the rest are moved down to STEEP: the filter would
+    raise what is left of them in others above everything else.
     """
     G, m, b = X.shape
     theta, R = H.new_zeros(G, b), H.new_empty(G, b, b)
@@ -165,8 +165,7 @@ def leading_fixed(A: Tensor, start: Tensor, noise: Tensor, rank: int, steps: int
     A      (G,N,K)  N >= K; float32, bfloat16 or float16, which is not copied
     start  (G,K,b)  float32, R < b: random_rows(...)[:K], or the V of an earlier call
     noise           random_rows(K, b, device)
-
-    steps           blocks of the Krylov space; 0 takes all of it, the eigenvectors of A^T A
+    steps           blocks of the Krylov space; 0 takes all space, the eigenvectors of A^T A
 
     Never synchronises, and launches depend on shapes alone: with the kernels of csrc/cuda the call can be captured in a
     CUDA graph (torch's eigh, which replaces them elsewhere, waits for the device). Reads A 2 steps + 2 times.
@@ -232,12 +231,13 @@ def factor(matrices: Sequence[Tensor], rank: int, goal: float) -> list[tuple[Ten
             whole[which] = part
         matvecs[which] += products
         lost = found.lost.tolist()
-    Vh, certified = found.V[..., :rank].mT, found.lost <= goal
-    sides = {turned: reference.canonical_signs(*((Vh.mT, found.U.mT) if turned else (found.U, Vh)))
-             for turned in {each is not A for each, A in zip(tall, matrices, strict=True)}}  # fmt: skip
+    V, certified = found.V[..., :rank], found.lost <= goal
+    turned = [each is not matrix for each, matrix in zip(tall, matrices, strict=True)]
+    both = {False: (found.U, V.mT), True: (V, found.U.mT)}
+    signed = {side: reference.canonical_signs(*both[side]) for side in set(turned)}
     results: list[tuple[Tensor, ...] | None] = []
     for g, bound in enumerate(lost):
-        left, right = sides[tall[g] is not matrices[g]]
+        left, right = signed[turned[g]]
         measured = found.residual[g], matvecs[g], certified[g]
         results.append((left[g], found.S[g], right[g], *measured) if bound <= goal else None)
     return results
