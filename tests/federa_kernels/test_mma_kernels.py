@@ -299,8 +299,8 @@ def test_a_weight_on_a_gpu_is_told_who_multiplies_it(monkeypatch):
 @pytest.mark.parametrize(
     ("name", "values", "error"),
     [
-        ("down", mma.Down(kind=0, M=1), "rows must be bfloat16 or float16"),
-        ("down", mma.Down(kind=1, M=1, R=129), "ranks must be 1 to 128"),
+        ("down", mma.Down(kind=0, M=1, splits=1), "rows must be bfloat16 or float16"),
+        ("down", mma.Down(kind=1, M=1, splits=1, R=129), "ranks must be 1 to 128"),
         ("gemm", mma.Gemm(kind=1, M=1, N=1, P=5), "one product takes 1 to 4 terms"),
         ("gemm", mma.Gemm(kind=1, M=1, N=1, P=1, BM=128, BN=64), "tiles must be 128 x 128 or 64 x 64"),
         ("columns", mma.Columns(kind=1, M=1, N=1, R=33, BN=256), "BN must be 256 up to rank 32, else 128"),
