@@ -7,6 +7,7 @@ Where there is a GPU and a build that has them, the kernels run there.
 import ctypes
 import dataclasses
 import re
+import subprocess
 
 import pytest
 import torch
@@ -313,6 +314,15 @@ def test_a_weight_on_a_gpu_is_told_who_multiplies_it(monkeypatch):
 def test_what_would_reach_other_memory_is_refused(name, values, error):
     with pytest.raises((RuntimeError, ValueError), match=f"lora_linear \\(CUDA C\\+\\+\\): .*{re.escape(error)}"):
         mma._run(name, values)
+
+
+@pytest.mark.exhaustive
+def test_nothing_reads_or_writes_beyond_an_end(tmp_path):
+    sources = ("csrc/cuda/lora_linear_mma.cu", "tests/emulator/bounds.cpp")
+    program = build(tmp_path, *sources, flags=["-fsanitize=address,undefined", "-fno-sanitize=vptr", "-g"])
+    done = subprocess.run([program], capture_output=True, text=True)
+    assert done.returncode == 0 and not done.stderr, done.stderr
+    assert done.stdout == "nothing beyond its end\n"
 
 
 @pytest.mark.gpu
