@@ -359,15 +359,17 @@ def test_on_a_gpu_a_captured_step_replays():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("cut", CUTS)
-def test_on_a_gpu_small_problems_are_as_good_as_torch(cut):
-    """What the emulator proves, on the real thing: every cut and shape of above."""
-    for tiles in ("picked", "large"):
-        for dtype in HALVES.values():
-            test_clients_are_as_good_as_torch_one_by_one(cut, tiles, dtype)
-    for shape in SHAPES:
-        for tiles in ("picked", "large", "parted", "two-passes"):
+def test_on_a_gpu_every_small_problem_is_as_good_as_torch():
+    """What the emulator proves, on the real thing."""
+    for tiles in ("picked", "large", "parted", "two-passes"):
+        for shape in SHAPES:
             test_one_adapter_is_as_good_as_torch(shape, tiles)
+        for cut in CUTS:
+            test_clients_are_as_good_as_torch_one_by_one(cut, tiles, torch.bfloat16)
+    for layouts in (("transposed", "columns"), ("offset", "one number")):
+        test_rows_in_any_layout(layouts)
+    test_rows_that_do_not_start_on_16_bytes_give_the_same_bits()
+    test_one_client_never_reaches_another("large")
 
 
 @pytest.mark.gpu
