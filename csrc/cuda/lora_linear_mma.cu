@@ -9,11 +9,11 @@
 namespace federa::mma_kernels {
 namespace {
 
-// Every kernel that has dynamic shared memory carries its BYTES in its name, where benchmarks/compile_check.py reads them.
+// A kernel with dynamic shared memory carries its BYTES in its name, where benchmarks/compile_check.py reads them.
 
-constexpr int pad = 8;                      // entries after each row of a tile: 8 rows of 16 bytes meet no bank twice
-constexpr int shared_limit = 99 * 1024;     // bytes that a block may have on every GPU from sm_80 on
-constexpr int band = 8;                     // row tiles that go over the columns together, so that they meet in L2
+constexpr int pad = 8;                   // entries after each row of a tile: 8 rows of 16 bytes meet no bank twice
+constexpr int shared_limit = 99 * 1024;  // bytes that a block may have on every GPU from sm_80 on
+constexpr int band = 8;                  // row tiles that go over the columns together, so that they meet in L2
 
 constexpr int most(int a, int b) { return a > b ? a : b; }
 
@@ -131,20 +131,22 @@ __device__ void load_tile(T* tile, const Matrix& from, int first, int last, int 
 #pragma unroll 1
         for (int i = 0; i < ROWS; i += step) {
             const int here = first <= r + i && r + i < last ? there : 0;
-#pragma unroll 1
+            alignas(16) T entries[8];
+#pragma unroll
             for (int e = 0; e < 8; ++e) {
                 const Index at = (r + i) * from.stride_row + (c + e) * from.stride_column;
-                to[i * (COLUMNS + pad) + e] = rounded<T>(e < here ? entry(from.data, from.kind, at) : 0.0f);
+                entries[e] = rounded<T>(e < here ? entry(from.data, from.kind, at) : 0.0f);
             }
+            *reinterpret_cast<uint4*>(to + i * (COLUMNS + pad)) = *reinterpret_cast<const uint4*>(entries);
         }
     }
 }
 
-// Fragments of a 16 x 16 block at (row, column) of a tile whose rows are `stride` apart. As it lies it is the left
-// operand, or two neighbouring right ones of its transpose; transposed it is the left operand of its transpose.
-// `right` is two neighbouring right operands of a block that lies (depth, column).
+// Fragments of a 16 x 16 block at (row, column) of a tile whose rows are `stride` apart: a left operand, or two right
+// ones side by side, r[0..1] and r[2..3]. The tile has the operand's rows as its own (left, right: depth along the rows
+// of the product's columns), or the depth as its rows.
 template <class T>
-__device__ void load_block(std::uint32_t (&r)[4], const T* tile, int stride, int row, int column) {
+__device__ void load_left_of_rows(std::uint32_t (&r)[4], const T* tile, int stride, int row, int column) {
     const int lane = threadIdx.x % 32;
     ldmatrix(r, tile + (row + lane % 16) * stride + column + lane / 16 * 8);
 }
@@ -208,7 +210,7 @@ struct Product {
 #pragma unroll
             for (int i = 0; i < WM / 16; ++i) {
                 std::uint32_t rows[4];
-                load_block(rows, a, BK + pad, warp_row() + 16 * i, k);
+                load_left_of_rows(rows, a, BK + pad, warp_row() + 16 * i, k);
 #pragma unroll
                 for (int j = 0; j < WN / 8; ++j)
                     mma<T>(acc[i][j], rows, columns[j / 2][j % 2 * 2], columns[j / 2][j % 2 * 2 + 1]);
@@ -217,7 +219,7 @@ struct Product {
     }
 
     // Adds rows (.., depth) weight, which begin at this tile: the rows [first, last) of it and `width` columns. The
-    // weight lies as its tiles do. `between` runs once the first copies are under way and has the last stage for itself.
+    // weight lies as its tiles do. `between` runs once the first copies are under way and has the last stage alone.
     template <class Between>
     __device__ void add(const Matrix& rows, int first, int last, const Matrix& weight, int width, int depth,
                         Between between) {
@@ -272,8 +274,8 @@ __global__ void __launch_bounds__(P::threads, P::BN > 64 ? 2 : 3) down_kernel(co
     const ClientRange range(d.segments, start, stop);
     for (int c = range.first; c <= range.last; ++c) {
         const Client own(d.segments, c, start, stop, R, d.scale);
-        const void* const own_A = static_cast<const char*>(d.lora_A) + c * d.stride_c * entry_bytes(d.A_kind);
-        const Matrix A = right_operand<P>(own_A, d.A_kind, d.stride_k, d.stride_r);
+        const Matrix of_first{d.lora_A, d.A_kind, d.stride_c, 0};
+        const Matrix A = right_operand<P>(of_first.at(c, 0).data, d.A_kind, d.stride_k, d.stride_r);
         P product;
         product.add(x.at(start, from), own.begin, own.end, P::deep ? A.at(from, 0) : A.at(0, from), own.rank,
                     min(columns, K - from), [] {});
@@ -391,8 +393,8 @@ struct Pass {
     using T = Type;
     static constexpr int RP = RP_, BM = 64, BN = BN_, warps = 4, threads = 32 * warps, WN = BN / warps;
     static constexpr bool wide = RP > 32;  // then dh would need too many registers beside dB
-    static constexpr int rows_entries = BM * (BN + pad), low_entries = BM * (RP + pad), factor_entries = BN * (RP + pad);
-    static constexpr int bytes = 4 * (rows_entries + low_entries), bytes_with_factor = bytes + 2 * factor_entries;
+    static constexpr int rows_entries = BM * (BN + pad), low_entries = BM * (RP + pad);
+    static constexpr int bytes = 4 * (rows_entries + low_entries), bytes_with_factor = bytes + 2 * BN * (RP + pad);
     static_assert(bytes <= shared_limit && (wide || bytes_with_factor <= shared_limit));
 };
 
@@ -404,7 +406,7 @@ __global__ void __launch_bounds__(P::threads, 2) columns_kernel(const __grid_con
     T* const low_tiles = rows_tiles + 2 * P::rows_entries;
     T* const factor_tile = low_tiles + 2 * P::low_entries;
     const int M = g.M, N = g.N, R = g.R, chunk = g.chunk;
-    const int start = blockIdx.y * chunk, stop = min(start + chunk, M), left = blockIdx.x * BN;
+    const int start = blockIdx.y * chunk, stop = start + min(chunk, M - start), left = blockIdx.x * BN;
     const int warp = threadIdx.x / 32, width = min(N - left, BN);
     const Matrix rows{g.rows, kind_of<T>, g.stride_rows, 1}, low{g.low, kind_of<T>, g.stride_low, 1};
     const ClientRange range(g.segments, start, stop);
@@ -413,14 +415,15 @@ __global__ void __launch_bounds__(P::threads, 2) columns_kernel(const __grid_con
         const int steps = blocks(own.end - own.begin, BM);
         const auto load = [&](int step) {
             const int at = start + own.begin + step * BM, here = own.end - own.begin - step * BM;
-            load_tile<T, false, BM, BN, P::threads>(rows_tiles + step % 2 * P::rows_entries, rows.at(at, left), 0, here, width);
-            if (g.pieces)
-                load_tile<T, false, BM, RP, P::threads>(low_tiles + step % 2 * P::low_entries, low.at(at, 0), 0, here, own.rank);
+            T* const rows_to = rows_tiles + step % 2 * P::rows_entries;
+            load_tile<T, false, BM, BN, P::threads>(rows_to, rows.at(at, left), 0, here, width);
+            T* const low_to = low_tiles + step % 2 * P::low_entries;
+            if (g.pieces) load_tile<T, false, BM, RP, P::threads>(low_to, low.at(at, 0), 0, here, own.rank);
         };
         __syncthreads();  // all have left the client before
         if (g.dh_parts) {
-            const void* const own_factor = static_cast<const char*>(g.factor) + c * g.stride_c * entry_bytes(g.factor_kind);
-            const Matrix factor{own_factor, g.factor_kind, g.stride_n, g.stride_r};
+            const Matrix of_first{g.factor, g.factor_kind, g.stride_c, 0};
+            const Matrix factor{of_first.at(c, 0).data, g.factor_kind, g.stride_n, g.stride_r};
             load_tile<T, false, BN, RP, P::threads>(factor_tile, factor.at(left, 0), 0, width, own.rank);
         }
         if (steps > 0) load(0);
@@ -453,8 +456,10 @@ __global__ void __launch_bounds__(P::threads, 2) columns_kernel(const __grid_con
             }
             if (g.sums) {
 #pragma unroll
-                for (int i = 0; i < BN / P::threads; ++i)
-                    for (int m = 0; m < BM; ++m) sums[i] += as_float(tile[m * (BN + pad) + threadIdx.x + i * P::threads]);
+                for (int i = 0; i < BN / P::threads; ++i) {
+                    const T* const column = tile + threadIdx.x + i * P::threads;
+                    for (int m = 0; m < BM; ++m) sums[i] += as_float(column[m * (BN + pad)]);
+                }
             }
             if constexpr (!P::wide) {
                 if (g.dh_parts) {
@@ -462,7 +467,7 @@ __global__ void __launch_bounds__(P::threads, 2) columns_kernel(const __grid_con
 #pragma unroll 8
                     for (int n = 0; n < BN; n += 16) {
                         std::uint32_t of_rows[4];
-                        load_block(of_rows, tile, BN + pad, warp * 16, n);
+                        load_left_of_rows(of_rows, tile, BN + pad, warp * 16, n);
 #pragma unroll
                         for (int j = 0; j < RP / 16; ++j) {
                             std::uint32_t right[4];
@@ -511,17 +516,17 @@ __global__ void __launch_bounds__(P::threads, 2) columns_kernel(const __grid_con
 constexpr int sum_threads = 256;
 
 __global__ void __launch_bounds__(sum_threads) sum_kernel(const __grid_constant__ Sum g) {
-    const Index size = g.size_A + g.size_B + g.size_b, c = blockIdx.y;
-    const Index at = static_cast<Index>(blockIdx.x) * sum_threads + threadIdx.x;
-    if (at >= size) return;
+    const Index size = g.size_A + g.size_B + g.size_b, c = blockIdx.x;
     const Index begin = g.offsets ? g.offsets[c] : 0, end = g.offsets ? g.offsets[c + 1] : g.M;
-    float total = 0.0f;
-    if (begin < end)
-        for (Index t = begin / g.chunk; t < blocks(end, g.chunk); ++t) total += g.pieces[(t + c) * size + at];
-    Index to = c * g.size_A + at;
-    if (at >= g.size_A) to = g.C * g.size_A + c * g.size_B + at - g.size_A;
-    if (at >= g.size_A + g.size_B) to = g.C * (g.size_A + g.size_B) + c * g.size_b + at - g.size_A - g.size_B;
-    g.sums[to] = total;
+    for (Index at = blockIdx.y * sum_threads + threadIdx.x; at < size; at += gridDim.y * sum_threads) {
+        float total = 0.0f;
+        if (begin < end)
+            for (Index t = begin / g.chunk; t < blocks(end, g.chunk); ++t) total += g.pieces[(t + c) * size + at];
+        Index to = c * g.size_A + at;
+        if (at >= g.size_A) to = g.C * g.size_A + c * g.size_B + at - g.size_A;
+        if (at >= g.size_A + g.size_B) to = g.C * (g.size_A + g.size_B) + c * g.size_b + at - g.size_A - g.size_B;
+        g.sums[to] = total;
+    }
 }
 
 // ---- Which kernel ----
@@ -568,12 +573,12 @@ void with_rank(Index R, Call call) {
 
 template <class Arguments>
 const Arguments& of(const void* arguments, std::size_t bytes) {
-    need(bytes == sizeof(Arguments), "the arguments have another size than in lora_linear_mma.h; build the extension again");
+    need(bytes == sizeof(Arguments), "the arguments have another size than here; build the extension again");
     return *static_cast<const Arguments*>(arguments);
 }
 
 void need_int(std::initializer_list<Index> sizes) {
-    for (Index size : sizes) need(0 <= size && size <= 0x7fffffff, "sizes must be 0 to 2^31 - 1");
+    for (Index size : sizes) need(0 <= size && size <= 0x7fffff00, "sizes must be 0 to 2^31 - 256");
 }
 
 dim3 grid_of(Index x, Index y) {
@@ -582,7 +587,7 @@ dim3 grid_of(Index x, Index y) {
 }
 
 void down(const Down& d, void* stream) {
-    if (d.M == 0) return;
+    if (d.M == 0 || d.splits == 0) return;
     need_int({d.M, d.K, d.columns});
     const bool along_r = d.stride_r == 1 && d.stride_k != 1;
     with_type(d.kind, [&](auto type) {
@@ -623,8 +628,9 @@ void gemm(const Gemm& g, void* stream) {
         with_flag(along_n && all_aligned, [&](auto deep) {
             const auto start = [&](auto product) {
                 using P = typename decltype(product)::type;
-                launch(gemm_kernel<P, P::bytes>, grid_of(blocks<Index>(g.M, P::BM) * blocks<Index>(g.N, P::BN), 1), P::threads,
-                       P::bytes, static_cast<cudaStream_t>(stream), g);
+                const Index tiles = blocks<Index>(g.M, P::BM) * blocks<Index>(g.N, P::BN);
+                launch(gemm_kernel<P, P::bytes>, grid_of(tiles, 1), P::threads, P::bytes,
+                       static_cast<cudaStream_t>(stream), g);
             };
             if (large && all_aligned)
                 start(Type<Product<T, 128, 128, 32, 2, 2, 4, deep(), true>>());
@@ -654,7 +660,9 @@ void columns(const Columns& g, void* stream) {
 void sum(const Sum& g, void* stream) {
     const Index size = g.size_A + g.size_B + g.size_b;
     if (size == 0) return;
-    launch(sum_kernel, grid_of(blocks<Index>(size, sum_threads), g.C), sum_threads, 0, static_cast<cudaStream_t>(stream), g);
+    const Index parts = blocks<Index>(size, sum_threads);
+    const dim3 grid = grid_of(g.C, parts < 65535 ? parts : 65535);
+    launch(sum_kernel, grid, sum_threads, 0, static_cast<cudaStream_t>(stream), g);
 }
 
 }  // namespace

@@ -59,8 +59,8 @@ struct Gemm {
     Term terms[max_terms];
 };
 
-// Over BN columns (they must be 256 up to rank 32, else 128) and `chunk` rows of `rows` (M,N), in parts: rows^T low, which is dB of
-// dy and h, or dA of x and dh; the sum of the rows; and up to rank 32 dh = rows factor.
+// Over BN columns (they must be 256 up to rank 32, else 128) and `chunk` rows of `rows` (M,N), in parts: rows^T low,
+// which is dB of dy and h, or dA of x and dh; the sum of the rows; and up to rank 32 dh = rows factor.
 struct Columns {
     Index kind, M, N, R, chunk, BN;
     const void* rows;

@@ -103,6 +103,8 @@ def _launch(kernel: Any, grid: tuple[int, ...], tile: Tile, *arguments: Any, **c
 def _down(x: Tensor, lora_A: Tensor, segments: Segmented, tiles: Tiles, scaling: float = 1.0) -> Tensor:
     """s x A^T in parts (splits, M, R) float32."""
     (M, K), R, tile = x.shape, lora_A.shape[-2], tiles.down
+    if tile.mma:  # which copies rows of 16 bytes at a time as they are, and others slowly
+        lora_A = lora_A.to(x.dtype)
     steps = _blocks(_blocks(K, tiles.splits), tile.BK)
     splits = _blocks(K, steps * tile.BK)
     parts = x.new_empty((splits, M, R), dtype=torch.float32)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-FLAGS = ["-std=c++17", "-O1", "-fPIC", "-shared", "-fvisibility=hidden", "-fno-gnu-unique"]
+FLAGS = ["-std=c++17", "-O1", "-fPIC", "-fvisibility=hidden", "-fno-gnu-unique"]
 WARNINGS = ["-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]  # unroll is nvcc's
 ORDERS = (0, -1, 1, 2)  # of blocks, warps and lanes: forward, backward, shuffled twice
 
@@ -23,8 +23,8 @@ def compiler() -> str:
     pytest.fail(reason) if os.environ.get("CI") == "true" else pytest.skip(reason)
 
 
-def build(folder: Path, *sources: str, flags: Sequence[str] = ()) -> Path:
-    """The library of these sources, named from ROOT."""
+def build(folder: Path, *sources: str, flags: Sequence[str] = ("-shared",)) -> Path:
+    """The library (or, without that flag, the program) of these sources, named from ROOT."""
     library = folder / f"{Path(sources[0]).stem}.so"
     includes = [f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'tests/emulator'}"]
     paths = [str(ROOT / source) for source in sources]

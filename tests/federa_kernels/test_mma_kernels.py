@@ -7,6 +7,7 @@ Where there is a GPU and a build that has them, the kernels run there.
 import ctypes
 import dataclasses
 import re
+import subprocess
 
 import pytest
 import torch
@@ -299,8 +300,8 @@ def test_a_weight_on_a_gpu_is_told_who_multiplies_it(monkeypatch):
 @pytest.mark.parametrize(
     ("name", "values", "error"),
     [
-        ("down", mma.Down(kind=0, M=1), "rows must be bfloat16 or float16"),
-        ("down", mma.Down(kind=1, M=1, R=129), "ranks must be 1 to 128"),
+        ("down", mma.Down(kind=0, M=1, splits=1), "rows must be bfloat16 or float16"),
+        ("down", mma.Down(kind=1, M=1, splits=1, R=129), "ranks must be 1 to 128"),
         ("gemm", mma.Gemm(kind=1, M=1, N=1, P=5), "one product takes 1 to 4 terms"),
         ("gemm", mma.Gemm(kind=1, M=1, N=1, P=1, BM=128, BN=64), "tiles must be 128 x 128 or 64 x 64"),
         ("columns", mma.Columns(kind=1, M=1, N=1, R=33, BN=256), "BN must be 256 up to rank 32, else 128"),
@@ -313,6 +314,15 @@ def test_a_weight_on_a_gpu_is_told_who_multiplies_it(monkeypatch):
 def test_what_would_reach_other_memory_is_refused(name, values, error):
     with pytest.raises((RuntimeError, ValueError), match=f"lora_linear \\(CUDA C\\+\\+\\): .*{re.escape(error)}"):
         mma._run(name, values)
+
+
+@pytest.mark.exhaustive
+def test_nothing_reads_or_writes_beyond_an_end(tmp_path):
+    sources = ("csrc/cuda/lora_linear_mma.cu", "tests/emulator/bounds.cpp")
+    program = build(tmp_path, *sources, flags=["-fsanitize=address,undefined", "-fno-sanitize=vptr", "-g"])
+    done = subprocess.run([program], capture_output=True, text=True)
+    assert done.returncode == 0 and not done.stderr, done.stderr
+    assert done.stdout == "nothing beyond its end\n"
 
 
 @pytest.mark.gpu
@@ -349,15 +359,17 @@ def test_on_a_gpu_a_captured_step_replays():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("cut", CUTS)
-def test_on_a_gpu_small_problems_are_as_good_as_torch(cut):
-    """What the emulator proves, on the real thing: every cut and shape of above."""
-    for tiles in ("picked", "large"):
-        for dtype in HALVES.values():
-            test_clients_are_as_good_as_torch_one_by_one(cut, tiles, dtype)
-    for shape in SHAPES:
-        for tiles in ("picked", "large", "parted", "two-passes"):
+def test_on_a_gpu_every_small_problem_is_as_good_as_torch():
+    """What the emulator proves, on the real thing."""
+    for tiles in ("picked", "large", "parted", "two-passes"):
+        for shape in SHAPES:
             test_one_adapter_is_as_good_as_torch(shape, tiles)
+        for cut in CUTS:
+            test_clients_are_as_good_as_torch_one_by_one(cut, tiles, torch.bfloat16)
+    for layouts in (("transposed", "columns"), ("offset", "one number")):
+        test_rows_in_any_layout(layouts)
+    test_rows_that_do_not_start_on_16_bytes_give_the_same_bits()
+    test_one_client_never_reaches_another("large")
 
 
 @pytest.mark.gpu
