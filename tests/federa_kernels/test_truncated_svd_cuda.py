@@ -3,6 +3,7 @@ take, over these kernels and over torch in their place."""
 
 import ctypes
 import re
+import subprocess
 
 import pytest
 import torch
@@ -66,7 +67,7 @@ def excess(Q):
     return float((Q.mT @ Q - torch.eye(Q.shape[-1])).abs().max())
 
 
-PANELS = [(3, 70, 5), (1, 300, 24), (2, 33, 33), (1, 9, 1), (1, 130, 93)]
+PANELS = [(3, 70, 5), (1, 300, 24), (2, 33, 33), (1, 9, 1), (1, 130, 85), (1, 130, 93)]
 
 
 @pytest.mark.parametrize(("G", "K", "b"), PANELS)
@@ -153,6 +154,15 @@ def test_what_fits_no_shared_memory_is_refused(kernels):
         cuda.eigenpairs(normal(1, 137, 137))
     with pytest.raises(RuntimeError, match="sizes out of range"):
         orthonormalised(normal(1, 200, 137))
+
+
+@pytest.mark.exhaustive
+def test_nothing_reads_or_writes_beyond_an_end(tmp_path):
+    sources = ("csrc/cuda/truncated_svd.cu", "tests/emulator/truncated_svd_bounds.cpp")
+    program = build(tmp_path, *sources, flags=["-fsanitize=address,undefined", "-fno-sanitize=vptr", "-g"])
+    done = subprocess.run([program], capture_output=True, text=True)
+    assert done.returncode == 0 and not done.stderr, done.stderr
+    assert done.stdout == "nothing beyond its end\n"
 
 
 # The path that GPUs take.
