@@ -69,7 +69,7 @@ __global__ void __launch_bounds__(threads) gram_kernel(Panel<const T> Y, int K, 
     if (lanes == 1) {
 #pragma unroll
         for (int n = 0; n < per_thread; ++n)
-            if (first + n * threads < tiles)
+            if (lane < lanes && first + n * threads < tiles)
                 for (int e = 0; e < tile_entries; ++e) partial[(first + n * threads) * tile_entries + e] = sums[n][e];
         return;
     }

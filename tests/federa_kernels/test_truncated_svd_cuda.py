@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from federa_kernels import TruncatedSVD, truncated_svd
-from federa_kernels.truncated_svd import batched, cuda, reference
+from federa_kernels.truncated_svd import batched, cuda, krylov, reference
 
 from .emulated import ORDERS, Emulated, build
 from .test_truncated_svd_properties import KINDS, assert_promises, matrix_of
@@ -147,6 +147,22 @@ def test_the_order_of_threads_changes_no_bit_nor_does_the_batch(kernels):
         assert all(map(torch.equal, found, results[0]))
     for one, batch in zip(alone, results[0], strict=True):
         assert torch.equal(one[0], batch[1])
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("n", range(1, cuda.WIDEST + 1))
+def test_every_width(kernels, n):
+    kernels.order(n % 3 - 1)
+    for dtype in (torch.float32, torch.float64):
+        Y = normal(1, n + 40 if n % 2 else 290, n, seed=n, dtype=dtype)
+        Q, R = orthonormalised(Y)
+        torch.testing.assert_close(Q.double() @ R, Y.double(), atol=1e3 * torch.finfo(dtype).eps, rtol=0)
+        torch.testing.assert_close(R, krylov._orthonormalise(Y)[1], atol=1e-8, rtol=1e-8)
+    H = normal(1, n, n, seed=n)
+    values, vectors = cuda.eigenpairs(H)
+    H = (H + H.mT) / 2
+    torch.testing.assert_close(values, torch.linalg.eigvalsh(H).flip(-1), atol=1e-14 * (n + 10), rtol=0)
+    torch.testing.assert_close(H @ vectors, vectors * values[:, None], atol=1e-14 * (n + 10), rtol=0)
 
 
 def test_what_fits_no_shared_memory_is_refused(kernels):
