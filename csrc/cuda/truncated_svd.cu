@@ -192,7 +192,7 @@ __device__ inline Rotation rotation_of(const double* M, int stride, int i, int r
 }
 
 constexpr int most_sweeps = 30;  // 6 to 10 are the rule
-constexpr int vectors_held = 96;  // so many may lie beside the matrix, all others in global memory
+constexpr int vectors_held = 72;  // so many may lie beside the matrix, also on sm_86, all others in global memory
 
 // A block has one matrix, n padded to even by a zero row. A round rotates n / 2 disjoint pairs of rows and columns at
 // once: a thread takes the four entries where two pairs cross and their mirror images, so nobody waits between rows and

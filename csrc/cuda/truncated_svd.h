@@ -5,7 +5,7 @@
 
 namespace federa {
 
-constexpr long widest_panel = 136;  // columns: the last two kernels hold as many squared in sm_80's shared memory
+constexpr long widest_panel = 136;  // columns, as many squared in shared memory: on sm_80; on sm_86 and 89 104
 
 struct Panels {  // G panels, rows of consecutive entries
     void* data;

@@ -17,7 +17,7 @@ from . import cuda, krylov, reference
 
 OVERSAMPLING = 8  # beside R columns a block: memory decides on a GPU, so wide blocks and few readings of A
 DEGREE = 6  # of the Chebyshev polynomials
-STEEP = 2.5  # where Ritz values far above the rest are moved to, which fill -1 to 1
+STEEP = 2.5  # where Ritz values far above the rest are moved to, which are mapped to [-1, 1]
 LIFT = 256.0  # brings columns of norm 1 out of what float16 rounds to multiples of 6e-8
 RUNS = 2  # each from what the one before found
 MOST_BYTES = 2**31  # of copies at a time
@@ -138,11 +138,11 @@ def _ritz_vectors(H: Tensor, X: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
         X = X @ rotation
         if turn == turns:
             break
-        cut = torch.maximum(theta[:, -1:], 1e-8 * theta[:, :1])
-        level = theta * (2 / cut) - 1
+        cut = torch.maximum(theta[:, -1:], 1e-8 * theta[:, :1])  # [0, cut] becomes [-1, 1]
+        above = torch.sub(theta, cut, alpha=(1 + STEEP) / 2)
         off = torch.linalg.vector_norm(torch.addcmul(image @ rotation, X, theta[:, None], value=-1), dim=1)
-        kept = (level > STEEP) & (off < 1e-6 * cut + 3e-13 * theta[:, :1])
-        mapped = torch.baddbmm(H, X * ((level - STEEP) * cut / 2 * kept)[:, None], X.mT, alpha=-1)
+        kept = (above > 0) & (off < torch.add(1e-6 * cut, theta[:, :1], alpha=3e-13))
+        mapped = torch.baddbmm(H, X * (above * kept)[:, None], X.mT, alpha=-1)
         mapped.mul_((2 / cut)[:, None]).diagonal(dim1=-2, dim2=-1).sub_(1)
         last, filtered = X, mapped @ X
         for _ in range(DEGREE - 1):

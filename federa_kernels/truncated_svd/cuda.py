@@ -16,17 +16,21 @@ WIDEST = 136  # columns of a panel: what is kept of its Gram matrix fits the sha
 
 
 @functools.cache
-def _kernels(device: torch.device) -> Any:
-    """The extension where it was built with kernels for this device, or None."""
+def _kernels(device: torch.device) -> tuple[Any, int]:
+    """The extension where it was built with kernels for this device, and how many columns a panel may have."""
     module = load_extension()
     if device.type != "cuda" or not hasattr(module, "cholesky_qr"):
-        return None
-    return module if torch.cuda.get_device_capability(device) >= (8, 0) else None
+        return None, 0
+    properties = torch.cuda.get_device_properties(device)
+    if properties.major < 8:
+        return None, 0
+    return module, WIDEST if properties.shared_memory_per_block_optin >= 163 * 1024 else 104
 
 
 def _module(panel: Tensor) -> Any:
-    """The same if it takes panels as wide as this one."""
-    return _kernels(panel.device) if panel.shape[-1] <= WIDEST else None
+    """The extension where its kernels take this panel, or None."""
+    module, widest = _kernels(panel.device)
+    return module if panel.shape[-1] <= widest else None
 
 
 def orthonormalise(Y: Tensor, noise: Tensor, Q: Tensor, R: Tensor) -> None:

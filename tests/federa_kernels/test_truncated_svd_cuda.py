@@ -120,7 +120,7 @@ def spectra(n):
     yield "tiny", 1e-250 * normal(n)
 
 
-@pytest.mark.parametrize("n", [1, 2, 3, 24, 33, 98])
+@pytest.mark.parametrize("n", [1, 2, 3, 24, 33, 75])
 def test_eigenpairs_are_those_of_lapack(kernels, n):
     names, values = zip(*spectra(n), strict=True)
     Q = torch.linalg.qr(normal(len(names), n, n))[0]
