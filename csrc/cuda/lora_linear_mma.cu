@@ -30,15 +30,32 @@ __device__ T rounded(float value) {
         return __float2bfloat16_rn(value);
 }
 
-__device__ inline float entry(const void* data, Index kind, Index at) {
-    if (kind == float32) return static_cast<const float*>(data)[at];
-    if (kind == bfloat16) return __bfloat162float(static_cast<const __nv_bfloat16*>(data)[at]);
-    if (kind == float16) return __half2float(static_cast<const __half*>(data)[at]);
-    return static_cast<float>(static_cast<const double*>(data)[at]);
-}
-
 __device__ inline float as_float(__nv_bfloat16 value) { return __bfloat162float(value); }
 __device__ inline float as_float(__half value) { return __half2float(value); }
+__device__ inline float as_float(float value) { return value; }
+__device__ inline float as_float(double value) { return static_cast<float>(value); }
+
+constexpr int batch = 8;  // loads that wait together
+
+// values[i] = data[at(i)], or 0 where at(i) is negative.
+template <class At>
+__device__ void gather(float (&values)[batch], const void* data, Index kind, At at) {
+    const auto of = [&](const auto* typed) {
+#pragma unroll
+        for (int i = 0; i < batch; ++i) {
+            const Index place = at(i);
+            values[i] = place >= 0 ? as_float(typed[place]) : 0.0f;
+        }
+    };
+    if (kind == float32)
+        of(static_cast<const float*>(data));
+    else if (kind == bfloat16)
+        of(static_cast<const __nv_bfloat16*>(data));
+    else if (kind == float16)
+        of(static_cast<const __half*>(data));
+    else
+        of(static_cast<const double*>(data));
+}
 
 template <class T>
 constexpr Kind kind_of = std::is_same_v<T, __half> ? float16 : bfloat16;
@@ -131,12 +148,12 @@ __device__ void load_tile(T* tile, const Matrix& from, int first, int last, int 
 #pragma unroll 1
         for (int i = 0; i < ROWS; i += step) {
             const int here = first <= r + i && r + i < last ? there : 0;
-            alignas(16) T entries[8];
+            float values[batch];
+            alignas(16) T entries[batch];
+            const Index start = (r + i) * from.stride_row + c * from.stride_column;
+            gather(values, from.data, from.kind, [&](int e) { return e < here ? start + e * from.stride_column : -1; });
 #pragma unroll
-            for (int e = 0; e < 8; ++e) {
-                const Index at = (r + i) * from.stride_row + (c + e) * from.stride_column;
-                entries[e] = rounded<T>(e < here ? entry(from.data, from.kind, at) : 0.0f);
-            }
+            for (int e = 0; e < batch; ++e) entries[e] = rounded<T>(values[e]);
             *reinterpret_cast<uint4*>(to + i * (COLUMNS + pad)) = *reinterpret_cast<const uint4*>(entries);
         }
     }
@@ -250,6 +267,26 @@ struct Product {
         __syncthreads();
     }
 
+    // This thread has sums in batch columns of every 32.
+    static __device__ int column_of_batch(int i) { return i / 2 * 8 + column_of(i % 2); }
+
+    // Adds to each column of the client's rows its own value: load(values, c) says those of a batch from column c on.
+    template <class Load>
+    __device__ void add_to_columns(Load load, const Client& own) {
+#pragma unroll
+        for (int j = 0; j < WN / 8; j += batch / 2) {
+            float values[batch];
+            load(values, warp_column() + 8 * j);
+#pragma unroll
+            for (int i = 0; i < WM / 16; ++i)
+#pragma unroll
+                for (int b = 0; b < batch; ++b)
+#pragma unroll
+                    for (int e = b % 2; e < 4; e += 2)
+                        if (own.has(warp_row() + 16 * i + row_of(e))) acc[i][j + b / 2][e] += values[b];
+        }
+    }
+
     // visit(row, column, sum) for each of this thread's sums.
     template <class Visit>
     __device__ void each(Visit visit) {
@@ -293,6 +330,8 @@ __device__ void add_low(P& product, const Gemm& g, const Term& term, typename P:
                         int start, int stop, int left) {
     using T = typename P::T;
     constexpr int factor_width = P::deep ? P::BN : DEPTH, factor_rows = P::deep ? DEPTH : P::BN;
+    constexpr int factor_step = P::threads / factor_width, low_step = P::threads / DEPTH;
+    static_assert(factor_rows % (batch * factor_step) == 0 && P::BM % (batch * low_step) == 0);
     const int R = term.R, S = term.S, width = min(static_cast<int>(g.N) - left, P::BN);
     T *const a = P::left(P::last_stage), *const b = P::right(P::last_stage);
     for (int c = range.first; c <= range.last; ++c) {
@@ -301,30 +340,46 @@ __device__ void add_low(P& product, const Gemm& g, const Term& term, typename P:
             __syncthreads();  // all have left this stage
             bool finite = true;
             const int column = threadIdx.x % factor_width;
-#pragma unroll 8
-            for (int row = threadIdx.x / factor_width; row < factor_rows; row += P::threads / factor_width) {
-                const int r = at + (P::deep ? row : column), n = P::deep ? column : row;
-                float value = 0.0f;
-                if (r < own.rank && n < width)
-                    value = own.scale * entry(term.factor, term.factor_kind,
-                                              c * term.stride_fc + r * term.stride_fr + (left + n) * term.stride_fn);
-                T kept = rounded<T>(value);
-                if (range.several() && !isfinite(as_float(kept))) finite = false, kept = rounded<T>(0.0f);
-                b[row * P::right_stride + column] = kept;
+#pragma unroll 1
+            for (int first = threadIdx.x / factor_width; first < factor_rows; first += batch * factor_step) {
+                float values[batch];
+                gather(values, term.factor, term.factor_kind, [&](int i) {
+                    const int row = first + i * factor_step, n = P::deep ? column : row;
+                    const int r = at + (P::deep ? row : column);
+                    const Index place = c * term.stride_fc + r * term.stride_fr + (left + n) * term.stride_fn;
+                    return r < own.rank && n < width ? place : -1;
+                });
+#pragma unroll
+                for (int i = 0; i < batch; ++i) {
+                    T kept = rounded<T>(own.scale * values[i]);
+                    if (range.several() && !isfinite(as_float(kept))) finite = false, kept = rounded<T>(0.0f);
+                    b[(first + i * factor_step) * P::right_stride + column] = kept;
+                }
             }
             // NaN or inf in one client's factor must reach its rows only, and 0 * NaN is NaN: so such entries became 0,
             // and the client's own rows become NaN.
             const bool lost = range.several() && __syncthreads_or(!finite);
             const int r = threadIdx.x % DEPTH;
-#pragma unroll 8
-            for (int row = threadIdx.x / DEPTH; row < P::BM; row += P::threads / DEPTH) {
-                float h = 0.0f;
-                if (own.has(row) && at + r < own.rank)
-                    for (int s = 0; s < S; ++s)
-                        h += term.down[(s * g.M + start + row) * term.stride_down + at + r];
-                const T kept = rounded<T>(h);
-                if (low && own.has(row) && at + r < R) low[(start + row) * g.stride_low + at + r] = kept;
-                a[row * (P::BK + pad) + r] = lost && own.has(row) ? rounded<T>(NAN) : kept;
+#pragma unroll 1
+            for (int first = threadIdx.x / DEPTH; first < P::BM; first += batch * low_step) {
+                float sums[batch] = {}, part[batch];
+#pragma unroll 1
+                for (int s = 0; s < S; ++s) {
+                    gather(part, term.down, float32, [&](int i) {
+                        const int row = first + i * low_step;
+                        const Index place = (s * g.M + start + row) * term.stride_down + at + r;
+                        return own.has(row) && at + r < own.rank ? place : -1;
+                    });
+#pragma unroll
+                    for (int i = 0; i < batch; ++i) sums[i] += part[i];
+                }
+#pragma unroll
+                for (int i = 0; i < batch; ++i) {
+                    const int row = first + i * low_step;
+                    const T kept = rounded<T>(sums[i]);
+                    if (low && own.has(row) && at + r < R) low[(start + row) * g.stride_low + at + r] = kept;
+                    a[row * (P::BK + pad) + r] = lost && own.has(row) ? rounded<T>(NAN) : kept;
+                }
             }
             __syncthreads();
             product.template multiply<DEPTH>(a, b);
@@ -360,10 +415,14 @@ __global__ void __launch_bounds__(P::threads, P::BM > 64 ? 2 : 3) gemm_kernel(co
         const bool own_bias = g.stride_bias != 0;
         for (int c = own_bias ? range.first : 0; c <= (own_bias ? range.last : 0); ++c) {
             const Client own(own_bias ? g.segments : Segments{}, c, start, stop, 0, 0.0);
-            product.each([&](int row, int column, float& sum) {
-                if (own.has(row) && left + column < N)
-                    sum += entry(g.bias, g.bias_kind, c * g.stride_bias + left + column);
-            });
+            product.add_to_columns(
+                [&](float(&values)[batch], int first) {
+                    gather(values, g.bias, g.bias_kind, [&](int i) {
+                        const int column = left + first + P::column_of_batch(i);
+                        return column < N ? c * g.stride_bias + column : -1;
+                    });
+                },
+                own);
         }
     }
 
