@@ -5,7 +5,8 @@
 Triton kernels are compiled just as their launchers launch them, which run here on tensors without memory. By default in
 the tiles that a few usual layers get, most of them on Hopper; --all takes every tile with ranks 16, 64 and 128, for one
 adapter, many clients and shared inputs. Files of csrc/cuda are compiled where nvcc is found. It fails on a spill, on
-more shared memory than the GPU has, and on a half-precision product that runs off the tensor cores (on Hopper: HGMMA).
+more shared memory than the GPU has, and on a half-precision product that runs off the tensor cores (on Hopper: HGMMA
+from Triton, HMMA from csrc/cuda).
 """
 
 import argparse

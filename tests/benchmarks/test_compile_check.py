@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -42,6 +43,7 @@ def test_a_tile_that_must_not_ship_is_named(changes, problem):
     assert row(**changes).problems() == [problem]
 
 
+@pytest.mark.skipif(shutil.which("c++filt") is None, reason="no c++filt, which comes with g++")
 def test_a_cuda_kernel_has_a_name_that_says_its_shared_memory():
     mangled = "_ZN6federa11mma_kernels12_GLOBAL__N_111gemm_kernelINS1_7ProductI6__halfLi64ELb1EEELi40960EEEvNS0_4GemmE"
     assert compile_check.readable(mangled) == ("gemm_kernel<Product<half, 64, true>, 40960>", 40960)

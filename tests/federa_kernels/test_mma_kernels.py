@@ -6,6 +6,7 @@ Where there is a GPU and a build that has them, the kernels run there.
 
 import ctypes
 import dataclasses
+import mmap
 import re
 import subprocess
 
@@ -162,6 +163,25 @@ def test_rows_that_do_not_start_on_16_bytes_give_the_same_bits():
         assert got is want is None or torch.equal(got, want)
 
 
+def test_offsets_go_beyond_two_to_the_31():
+    """Rows 2^27 entries apart, in memory that is only reserved."""
+    (x, weight, lora_A, lora_B, bias), dy = make(20, 24, 40, 8, torch.bfloat16)
+    if DEVICE != "cpu":
+        pytest.skip("for the emulator alone")
+    far, apart, no_reserve = [], 2**27, 0x4000  # MAP_NORESERVE of Linux
+    for tensor in (x, weight, dy):
+        room = mmap.mmap(-1, 2 * apart * 24, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | no_reserve)
+        place = torch.frombuffer(room, dtype=torch.bfloat16).as_strided(tensor.shape, (apart, 1))
+        far.append(place.copy_(tensor))
+    needs = [True, False, True, True, True]
+    y, h = launch.launch_lora_linear_fwd(x, weight, lora_A, lora_B, bias, SCALING)
+    assert torch.equal(launch.launch_lora_linear_fwd(*far[:2], lora_A, lora_B, bias, SCALING)[0], y)
+    grads = launch.launch_lora_linear_bwd(dy, x, h, weight, lora_A, lora_B, SCALING, needs)
+    others = launch.launch_lora_linear_bwd(far[2], far[0], h, far[1], lora_A, lora_B, SCALING, needs)
+    for got, want in zip(others, grads, strict=True):
+        assert got is want is None or torch.equal(got, want)
+
+
 def problems_of_each_form():
     """(call, scaling, tensors, dys) that need every barrier: several steps, stages, clients and terms."""
     yield linear(tiles_of("large", 24)), SCALING, *make(130, 136, 264, 24, torch.bfloat16)
@@ -258,9 +278,11 @@ def test_any_problem_is_as_good_as_torch(problem):
 
 
 @pytest.mark.exhaustive
-@given(problems())
+@given(problem=problems(), order=st.sampled_from(ORDERS))
 @settings(max_examples=600, deadline=None)
-def test_any_problem_is_as_good_as_torch_at_length(problem):
+def test_any_problem_in_any_order_is_as_good_as_torch(emulator, problem, order):
+    if emulator is not None:
+        emulator.order(order)
     assert_as_good_as_torch(*problem)
 
 
@@ -272,6 +294,20 @@ def test_the_operator_takes_them(monkeypatch, emulated):
     call = lambda scaling, x, W, A, B, b: lora_linear(x, W, A, B, scaling, b)  # noqa: E731
     assert_as_good_as_torch(call, cases.plain, SCALING, tensors, dy, trained(tensors, 1))
     assert emulated.launches() == before + 5  # h, y; dy, dx, dA: one piece of each gradient, which no sum needs
+
+
+@given(
+    sizes=st.tuples(*[st.sampled_from([0, 1, 63, 512, 768, 8192, 14336, 150_000])] * 3),
+    R=st.integers(1, 128),
+    arch=st.sampled_from([80, 86, 89, 90, 100, 120, 999]),
+)
+@settings(max_examples=200, deadline=None)
+def test_every_problem_on_every_gpu_gets_tiles(sizes, R, arch):
+    tiles = pick_mma_tiles(*sizes, R, arch)
+    assert tiles.gemm in MMA_GEMM and all(tile.mma for tile in (tiles.gemm, tiles.down, tiles.grad))
+    assert 1 <= tiles.splits <= launch.MAX_PARTS and not tiles.on_the_fly
+    assert tiles.one_pass == (R <= 32) == (tiles.grad.BN == 256)
+    assert tiles.chunk % tiles.grad.BM == 0 and sizes[0] <= 65535 * tiles.chunk
 
 
 def test_who_takes_which_rows(monkeypatch):
