@@ -41,6 +41,7 @@ def orthonormalise(Y: Tensor, noise: Tensor, Q: Tensor, R: Tensor) -> None:
     """
     if module := _module(Y):
         G, K, b = Y.shape
+        assert Y.stride(2) == Q.stride(2) == 1 and noise.is_contiguous() and R.stride()[1:] == (b, 1)
         work = Y.new_empty(module.cholesky_qr_work(G, K, b), dtype=torch.float64)
         panels = (value for panel in (Y, Q) for value in (panel.data_ptr(), panel.stride(0), panel.stride(1)))
         module.cholesky_qr(
