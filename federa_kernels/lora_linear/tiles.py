@@ -53,6 +53,10 @@ GEMM = {
 SAFE_GEMM = (Tile(64, 64, 32, 4, 3),)
 FLOAT32_GEMM = (Tile(64, 64, 16, 8, 2), Tile(32, 32, 16, 4, 2))  # no tensor cores, operands in registers
 FLOAT32_DOWN, FLOAT32_GRAD = Tile(32, 0, 32, 4, 2), Tile(32, 32, 0, 4, 2)
+# Those that csrc/cuda/lora_linear_mma.cu has, for every GPU from sm_80 on.
+MMA_GEMM = (Tile(128, 128, 32, 4, 4, True), Tile(64, 64, 32, 4, 4, True))
+MMA_DOWN = Tile(64, 0, 64, 4, 4, True)
+MMA_GRAD, MMA_WIDE_GRAD = Tile(64, 256, 0, 4, 2, True), Tile(64, 128, 0, 4, 2, True)
 MULTIPROCESSORS = {80: 108, 90: 132, 100: 148}
 GENERATIONS = {80: 80, 90: 90, 100: 100, 103: 100}  # others, consumer GPUs among them, have less shared memory
 
@@ -81,12 +85,6 @@ def pick_tiles(M: int, N: int, K: int, R: int, dtype: torch.dtype, arch: int, cl
     one_pass = not full and not wide and generation in (90, 100)
     on_the_fly = not full and R <= 16 and N * K <= 2**20
     return Tiles(gemm, down, grad, splits, one_pass, chunk, on_the_fly)
-
-
-# Those that csrc/cuda/lora_linear_mma.cu has, for every GPU from sm_80 on.
-MMA_GEMM = (Tile(128, 128, 32, 4, 4, True), Tile(64, 64, 32, 4, 4, True))
-MMA_DOWN = Tile(64, 0, 64, 4, 4, True)
-MMA_GRAD, MMA_WIDE_GRAD = Tile(64, 256, 0, 4, 2, True), Tile(64, 128, 0, 4, 2, True)
 
 
 def pick_mma_tiles(M: int, N: int, K: int, R: int, arch: int) -> Tiles:

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from federa_kernels import load_extension, lora_linear
-from federa_kernels.lora_linear import launch, mma, op, path_for
+from federa_kernels.lora_linear import mma, op, path_for
 from federa_kernels.lora_linear.tiles import MMA_GEMM, pick_mma_tiles
 
 from . import against_float64 as cases
@@ -29,6 +29,7 @@ from .test_triton_kernels import (
     SCALING,
     client_by_client,
     clients,
+    installed,  # noqa: F401
     linear,
     make,
     make_clients,
@@ -39,6 +40,7 @@ from .test_triton_kernels import (
     trained,
 )
 
+launch = of_triton.kernels
 SOURCES = ("csrc/cuda/lora_linear_mma.cu", "tests/emulator/lora_linear_mma.cpp")
 # Around the tiles' 64, 128 and 256 rows and columns and steps of 32 and 64; rows on 16 bytes and beside them.
 SHAPES = [
