@@ -7,6 +7,7 @@ import random
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -154,10 +155,11 @@ def slots_past_cache(slot_bytes: int, device: str) -> int:
     return max(2, -(-past // max(slot_bytes, 1)))
 
 
-def peak_bytes(phases: Phases, slot: Any, device: str) -> int | None:
+def peak_bytes(phases: Phases, slot: Any, device: str, warm: bool = False) -> int | None:
     """The most memory one step holds beyond what was there before it; None where the system does not tell.
 
-    On a GPU what torch allocates; on Linux resident memory, which has the libraries' own buffers in it.
+    On a GPU what torch allocates; on Linux resident memory, which has the libraries' own buffers in it. One step goes
+    before it, unless `warm`.
     """
 
     def step() -> None:
@@ -165,25 +167,34 @@ def peak_bytes(phases: Phases, slot: Any, device: str) -> int | None:
         for phase in phases.values():
             state = phase(state)
 
-    step()
+    if not warm:
+        step()
     if device == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         step()
         return torch.cuda.max_memory_allocated() - before
-    try:
-        ctypes.CDLL(None).malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5")  # forgets the highest resident memory so far
-        before = _resident("VmRSS")
-        step()
-        return max(0, _resident("VmHWM") - before)
-    except (OSError, AttributeError):
+    if not forget_peak():
         return None
+    before = resident("VmRSS")
+    step()
+    return max(0, resident("VmHWM") - before)
 
 
-def _resident(name: str) -> int:
-    found = re.search(rf"{name}:\s+(\d+) kB", STATUS.read_text())
-    if found is None:
-        raise OSError(f"{STATUS} has no {name}")
-    return int(found[1]) * 1024
+def forget_peak() -> bool:
+    """Frees what malloc keeps and lets VmHWM begin anew, where the system can: whether it did. (getrusage's highest
+    cannot, and a process begins with its parent's.)"""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")
+        return resident("VmHWM") is not None
+    return False
+
+
+def resident(name: str) -> int | None:
+    """VmRSS, the memory in use, or VmHWM, the highest so far, in bytes; None where the system does not tell."""
+    with suppress(OSError):
+        if found := re.search(rf"{name}:\s+(\d+) kB", STATUS.read_text()):
+            return int(found[1]) * 1024
+    return None

@@ -11,14 +11,17 @@ out by length, so that all clients have as many tokens; turns repeat the same wo
   ... bf16        with a bfloat16 residual (fp32 activations); "... bf16 all": activations too (model.precision)
   floor           the same tokens through the frozen encoder and back to its inputs: no adapter, head or optimiser
 
---data names a folder with train.jsonl.gz and test.jsonl.gz of 20 Newsgroups.
+Then the cohorts' curve, the same turns and their memory for cohorts of 1 to 32 clients, and the clients' curve, whole
+rounds of runs with 10 to 10,000 clients (round_clients.py). --part asks for one of the three.
+
+--data names a folder with train.jsonl.gz and test.jsonl.gz of 20 Newsgroups. Flower's simulation, which needs ray, is
+not among the providers.
 """
 
 import argparse
 import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -27,14 +30,14 @@ import torch.nn.functional as F
 from torch import nn
 
 from benchmarks import records as store
-from benchmarks.clock import eager, interleave, percentiles
+from benchmarks.clock import eager, interleave, peak_bytes, percentiles
 from benchmarks.harness import arguments, prepare
+from benchmarks.round_clients import run_clients, shown
+from benchmarks.round_work import LR, STEPS, TARGETS, Work
 from federa.client import train_client
-from federa.cohort import train_cohort
-from federa.config import Config, load_config
-from federa.data import Examples, length_grouped_batches
-from federa.experiment import Experiment, build
-from federa.models import quiet_transformers
+from federa.cohort import memory_of_client, train_cohort
+from federa.data import Examples
+from federa.experiment import Experiment
 from federa.simulation import reuse_memory
 from federa_kernels import FeDeRALinear
 
@@ -43,63 +46,8 @@ CASES = {  # tokens, batch, cohorts
     "cpu": ((256, 16, (2, 4)), (128, 16, (2, 4)), (128, 4, (4, 16))),
     "cuda": ((128, 16, (8, 32)),),
 }
-STEPS = 4  # of a client
-SAMPLES = 64  # of a turn of those who train clients one after another
-TARGETS = r".*encoder.*\.(query|key|value|dense)"  # federa's default, all linear layers, in words that PEFT knows
+CURVE = (128, 4, (2, 4, 8, 16, 32))  # small local batches, which cohorts are for
 ROUNDS = (3, 7)
-LR = 1e-3
-
-
-def config_of(data: Path, tokens: int, batch: int, clients: int, **sections) -> Config:
-    return load_config(
-        {
-            "model": {"name": "sentence-transformers/all-MiniLM-L6-v2"} | sections.get("model", {}),
-            "data": {"path": str(data), "max_length": tokens, "max_train": 4000, "max_test": 64},
-            "partition": {"scheme": "iid", "clients": clients},
-            "method": {"rank": 8, "target_modules": TARGETS} | sections.get("method", {}),
-            "client": {"batch_size": batch, "lr": LR, "schedule": "constant"},
-        }
-    )
-
-
-class Work:
-    """What a turn does: every client once through its STEPS batches of examples, the same for all providers."""
-
-    def __init__(self, data: Path, tokens: int, batch: int, clients: int):
-        self.batch, self.clients = batch, clients
-        self.few = max(1, SAMPLES // (batch * STEPS))  # clients of a turn where none shares a batch
-
-        def make(**sections) -> Experiment:
-            experiment = build(config_of(data, tokens, batch, clients, **sections))
-            lengths, size = experiment.train.lengths, batch * STEPS * clients
-            chosen = np.sort(np.random.default_rng(0).permutation(len(lengths))[:size])
-            by_length = chosen[np.argsort(lengths[chosen], kind="stable")]
-            dealt = [by_length[client::clients] for client in range(clients)]
-            return replace(experiment, partition=replace(experiment.partition, indices=dealt))
-
-        self.make = make
-        self.experiment = make()
-
-    def plain_model(self) -> nn.Module:
-        """The unadapted classifier with the same head."""
-        from transformers import AutoModelForSequenceClassification
-
-        source, learner = self.experiment.source, self.experiment.learner
-        settings = {"num_labels": len(self.experiment.corpus.label_names)}
-        settings |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-        with quiet_transformers():
-            model = AutoModelForSequenceClassification.from_pretrained(source.location, **settings)
-        with torch.no_grad():
-            for name in learner.head:
-                model.get_parameter(name).copy_(learner.trainable[name])
-        return model.to(learner.device)
-
-    def batches(self, client: int, turn: int, grouped: bool) -> list[np.ndarray]:
-        """A client's batches: at random, or of like length."""
-        own, rng = self.experiment.clients[client], np.random.default_rng([client, turn])
-        if grouped:
-            return length_grouped_batches(self.experiment.train.lengths, own, self.batch, rng)
-        return np.split(rng.permutation(own), range(self.batch, len(own), self.batch))
 
 
 def train_plainly(work: Work, model: nn.Module, grouped: bool, autocast: bool) -> Callable[[int], float]:
@@ -217,6 +165,12 @@ def providers(work: Work, cohorts: Sequence[int]) -> Mapping[str, Callable[[int]
     return found
 
 
+def curve(work: Work, cohorts: Sequence[int]) -> Mapping[str, Callable[[int], float]]:
+    """Clients in turn and in larger and larger cohorts, beside PEFT."""
+    found = {"peft": peft(work), "alone": ours(work, 1, work.experiment)}
+    return found | {f"cohort {cohort}": ours(work, cohort, work.experiment) for cohort in cohorts}
+
+
 def samples_of(name: str, work: Work) -> int:
     """Of one turn of a provider."""
     words = name.split()
@@ -238,10 +192,11 @@ def judged(work: Work, turns: Mapping[str, Callable[[int], float]]) -> dict[str,
     return wrong
 
 
-def run_case(data: Path, sizes: Sequence[int], options: argparse.Namespace) -> list[dict]:
+def run_case(data: Path, sizes: Sequence[int], options: argparse.Namespace, phase: str = "round") -> list[dict]:
+    """A record for each provider: of the table ("round") or of the curve over cohorts ("cohorts")."""
     tokens, batch, cohorts = sizes
     work = Work(data, tokens, batch, clients := max(cohorts))
-    turns = providers(work, cohorts)
+    turns = (providers if phase == "round" else curve)(work, cohorts)
     wrong = judged(work, turns)
     runners = {
         name: eager({"round": lambda slot, turn=turn: turn(slot)}, range(1000), options.device)
@@ -249,6 +204,7 @@ def run_case(data: Path, sizes: Sequence[int], options: argparse.Namespace) -> l
         if name not in wrong
     }
     times = interleave(runners, options.seconds, ROUNDS)
+    peaks = {name: peak_bytes({"turn": turns[name]}, 0, options.device, warm=True) for name in runners}
     environment, found = store.environment(options.device), []
     base = percentiles([row[0] for row in times["peft"]])[1] / samples_of("peft", work)
     for name in turns:
@@ -262,13 +218,15 @@ def run_case(data: Path, sizes: Sequence[int], options: argparse.Namespace) -> l
                 "dtype": "bf16" if "bf16" in name else "fp32",
                 "provider": name,
                 "mode": "eager",
-                "phase": "round",
+                "phase": phase,
                 "refused": wrong.get(name),
                 "ms": ms,
                 "rounds": len(times.get(name, ())),
                 "ratio": None if ms is None else float(f"{base * samples / ms[1]:.4g}"),
                 "baseline": "peft",
                 "samples_per_second": None if ms is None else float(f"{1e3 * samples / ms[1]:.4g}"),
+                "peak_bytes": peaks.get(name),  # what a turn takes beyond the model and its data
+                "client_bytes": memory_of_client(work.experiment),  # predicted, of one more client in a cohort
                 "environment": environment,
             }
         )
@@ -278,17 +236,35 @@ def run_case(data: Path, sizes: Sequence[int], options: argparse.Namespace) -> l
 def main(argv: Sequence[str] | None = None) -> int:
     parser = arguments(__doc__, SUBJECT)
     parser.add_argument("--data", type=Path, required=True, help="folder of 20 Newsgroups")
+    parser.add_argument("--part", choices=("table", "cohorts", "clients"), help="that part alone")
     options = prepare(parser, argv, seconds=30.0)
     reuse_memory()
-    for sizes in CASES[options.device][-1:] if options.quick else CASES[options.device]:
-        if options.only and options.only != f"{sizes[0]}x{sizes[1]}":
-            continue
-        rows = run_case(options.data, sizes, options)
-        tokens, batch, _ = sizes
-        print(f"{batch} examples of up to {tokens} tokens a step, {torch.get_num_threads()} threads")
-        for row in rows:
-            what = row["refused"] or f"{row['samples_per_second']:8.1f} samples/s  {row['ratio']:5.2f} x peft"
-            print(f"  {row['provider']:20} {what}", flush=True)
-        if options.record:
-            store.save(rows)
+    part, cases = options.part or ("table" if options.only else None), []
+    if part in (None, "table"):
+        cases += [("round", sizes) for sizes in CASES[options.device][-1 if options.quick else 0 :]
+                  if options.only in (None, f"{sizes[0]}x{sizes[1]}")]  # fmt: skip
+    if part in (None, "cohorts"):
+        tokens, batch, cohorts = CURVE
+        cases.append(("cohorts", (tokens, batch, cohorts[:2] if options.quick else cohorts)))
+    for phase, sizes in cases:
+        report(run_case(options.data, sizes, options, phase), options)
+    if part in (None, "clients"):
+        report(run_clients(options.data, options), options)
     return 0
+
+
+def report(rows: Sequence[dict], options: argparse.Namespace) -> None:
+    """A line for each row, and with --record the rows to results/."""
+    sizes, threads = rows[0]["sizes"], torch.get_num_threads()
+    print(f"{rows[0]['phase']}: {sizes['B']} examples of up to {sizes['T']} tokens a step, {threads} threads")
+    for row in rows:
+        memory = "" if row["peak_bytes"] is None else f"  {row['peak_bytes'] / 2**20:7,.0f} MiB"
+        if row["phase"] == "clients":
+            line = shown(row)
+        elif row["refused"]:
+            line = row["refused"]
+        else:
+            line = f"{row['samples_per_second']:8.1f} samples/s  {row['ratio']:5.2f} x peft"
+        print(f"  {row['provider']:20} {line}{memory}", flush=True)
+    if options.record:
+        store.save(rows)

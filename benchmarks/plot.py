@@ -15,7 +15,7 @@ from typing import Any
 
 from benchmarks import records as store
 from benchmarks.kernel_tables import clients_figure, clients_table, kernel_figure, kernel_table
-from benchmarks.round_tables import round_table
+from benchmarks.round_tables import round_figure, round_table
 from benchmarks.svd_tables import svd_figure, svd_table
 
 ROOT = Path(__file__).parent.parent
@@ -123,6 +123,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         kernel_figure(read("lora_linear", device), PLOTS / f"lora_linear-{device}.svg")
         clients_figure(read("lora_linear_clients", device), PLOTS / f"lora_linear_clients-{device}.svg")
         svd_figure(read("truncated_svd", device), PLOTS / f"truncated_svd-{device}.svg")
+        round_figure(read("federated_round", device), PLOTS / f"federated_round-{device}.svg")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
-"""Records of federated_round -> the README's table and the goals for whole rounds."""
+"""Records of federated_round -> the README's table, the figure of its curves and the goals for whole rounds."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks.kernel_tables import NOT_YET
+from benchmarks.kernel_tables import COLORS, NOT_YET, finish_figure, panels
 from benchmarks.svd_tables import newest
 
 Row = Mapping[str, Any]
@@ -41,6 +42,17 @@ GOALS = (
 )
 
 
+FEDERA = {"color": COLORS["ours"], "marker": "o", "ms": 3, "label": "federa"}
+OUTSIDE = (0.03, 0.01)  # of a round's time outside training and evaluation: must, aim
+MANY, FEW = 10_000, 10  # clients, whose runs may differ in memory by this much:
+MEMORY = 64 * 2**20 + 1024 * MANY
+
+
+def of(records: Sequence[Row], phase: str) -> list[Row]:
+    """Those of the machine and the number of threads that this phase was measured on last."""
+    return newest([row for row in records if row["phase"] == phase])
+
+
 def kind_of(provider: str) -> str:
     """ "cohort 8 bf16" -> "cohort bf16"."""
     return " ".join(word for word in provider.split() if not word.isdigit())
@@ -49,7 +61,7 @@ def kind_of(provider: str) -> str:
 def cases(records: Sequence[Row]) -> dict[tuple[int, int, int], dict[str, Row]]:
     """(batch, tokens, clients) -> the fastest record of each kind, of the machine and threads measured last."""
     found: dict[tuple[int, int, int], dict[str, Row]] = {}
-    for row in newest(records):
+    for row in of(records, "round"):
         if row["samples_per_second"] is not None:
             here = found.setdefault((row["sizes"]["B"], row["sizes"]["T"], row["sizes"]["C"]), {})
             kind = kind_of(row["provider"])
@@ -69,7 +81,7 @@ def round_table(records: Sequence[Row]) -> str:
         rows = [here.get(kind) for here in found.values()]
         if any(rows):
             lines.append(f"| {label} | " + " | ".join(map(_cell, rows)) + " |")
-    environment = max((row["environment"] for row in newest(records)), key=lambda facts: facts["utc"])
+    environment = max((row["environment"] for row in of(records, "round")), key=lambda facts: facts["utc"])
     facts = (
         f"all-MiniLM-L6-v2 on 20 Newsgroups, rank 8 on all linear layers, four local steps a client, on "
         f"{environment['threads']} CPU threads: {environment['device']}; torch {environment['versions']['torch']}, "
@@ -105,4 +117,68 @@ def round_verdicts(records: Sequence[Row]) -> list[tuple[bool | None, str]]:
                 f"{goal.name}, {batch} x {tokens}: {ratio:.2f} (must {goal.must}, aim {goal.aim}): {best['provider']}"
             )
             verdicts.append((met, f"{'PASS' if met else 'FAIL'}     {line}"))
+    return verdicts + _run_verdicts({row["sizes"]["clients"]: row for row in of(records, "clients")})
+
+
+def _run_verdicts(runs: Mapping[int, Row]) -> list[tuple[bool | None, str]]:
+    """Whole rounds of runs, by their number of clients."""
+    verdicts: list[tuple[bool | None, str]] = []
+    name = "a round's time outside training and evaluation"
+    if not runs:
+        verdicts.append((None, f"unknown  {name}: not measured"))
+    else:
+        clients, worst = max(runs.items(), key=lambda item: item[1]["outside"])
+        met = worst["outside"] <= OUTSIDE[0]
+        line = f"{name}: {worst['outside']:.2%} (must {OUTSIDE[0]:.0%}, aim {OUTSIDE[1]:.0%}): {clients:,} clients"
+        verdicts.append((met, f"{'PASS' if met else 'FAIL'}     {line}"))
+    name = f"memory of {MANY:,} clients over that of {FEW}"
+    if not runs.keys() >= {MANY, FEW} or None in (runs[MANY]["peak_bytes"], runs[FEW]["peak_bytes"]):
+        verdicts.append((None, f"unknown  {name}: not measured"))
+    else:
+        more = runs[MANY]["peak_bytes"] - runs[FEW]["peak_bytes"]
+        met = more <= MEMORY
+        line = f"{name}: {more / 2**20:.0f} MiB more (must {MEMORY / 2**20:.0f})"
+        verdicts.append((met, f"{'PASS' if met else 'FAIL'}     {line}"))
     return verdicts
+
+
+def round_figure(records: Sequence[Row], path: Path) -> None:
+    """Speed and memory over the clients in a cohort, time and memory over the clients of a run."""
+    cohorts = [row for row in of(records, "cohorts") if row["ms"]]
+    runs = sorted(of(records, "clients"), key=lambda row: row["sizes"]["clients"])
+    if not (cohorts and runs) or any(row["peak_bytes"] is None for row in (*cohorts, *runs)):
+        return
+    figure, axes = panels(2, 2, size=(7.4, 5.6))
+    speed, memory, time, most = axes
+    sizes = sorted((1 if row["provider"] == "alone" else int(row["provider"].split()[1]), row)
+                   for row in cohorts if row["provider"] != "peft")  # fmt: skip
+    peft = [row for row in cohorts if row["provider"] == "peft"]
+    for axis, value in (
+        (speed, lambda row: row["samples_per_second"]),
+        (memory, lambda row: row["peak_bytes"] / 2**20),
+    ):
+        axis.plot([size for size, _ in sizes], [value(row) for _, row in sizes], **FEDERA)
+        for row in peft:
+            axis.axhline(value(row), color=COLORS["peft"], ls="--", lw=1, label="PEFT, clients in turn")
+    predicted = [size * row["client_bytes"] / 2**20 for size, row in sizes]
+    memory.plot([size for size, _ in sizes], predicted, color="0.5", ls=":", label="predicted")
+    _name(speed, "samples a second", [size for size, _ in sizes], "clients in a cohort")
+    memory.set_yscale("log")
+    _name(memory, "MiB that a turn takes", [size for size, _ in sizes], "clients in a cohort")
+    counts = [row["sizes"]["clients"] for row in runs]
+    time.plot(counts, [row["seconds"]["all"] for row in runs], **FEDERA)
+    time.plot(counts, [row["seconds"]["train"] for row in runs], color="0.5", marker="o", ms=3, label="training alone")
+    most.plot(counts, [row["peak_bytes"] / 2**20 for row in runs], **FEDERA)
+    each = f"clients, {runs[0]['sizes']['C']} of them in a round"
+    _name(time, "seconds a round", counts, each)
+    _name(most, "MiB of the process at most", counts, each)
+    finish_figure(figure, axes, "", path)
+
+
+def _name(axis, title: str, places: Sequence[int], xlabel: str) -> None:
+    axis.set(xscale="log", xlabel=xlabel)
+    axis.set_title(title, fontsize="medium")
+    if axis.get_yscale() == "linear":
+        axis.set_ylim(0, 1.2 * axis.dataLim.ymax)
+    axis.set_xticks(places, [f"{place:,}" for place in places])
+    axis.minorticks_off()

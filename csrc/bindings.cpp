@@ -7,10 +7,11 @@
 #include <utility>
 #include <vector>
 
+#include "cpu/attention.h"
 #include "cpu/features.h"
 #include "cpu/lora_linear.h"
+#include "cpu/tiles.h"
 #include "cpu/truncated_svd.h"
-#include "cpu/truncated_svd_tiles.h"
 #include "cuda/devices.h"
 #include "cuda/lora_linear_mma.h"
 #include "cuda/truncated_svd.h"
@@ -171,6 +172,38 @@ void low_rank_backward(const py::tuple& layer, const py::str& kind, Index rows, 
                               reinterpret_cast<float*>(dB), threads);
 }
 
+// shape: (offsets, examples, heads, dim, scale); q, k, ...: (data, stride of tokens, stride of heads).
+federa::AttentionShape attention_shape(const py::tuple& shape) {
+    return {pointer<const std::int64_t>(shape[0]), shape[1].cast<Index>(), shape[2].cast<Index>(),
+            shape[3].cast<Index>(), shape[4].cast<float>()};
+}
+
+template <class T = const std::uint16_t>
+federa::HeadsOf<T> heads_of(const py::tuple& tensor) {
+    return {pointer<T>(tensor[0]), tensor[1].cast<Index>(), tensor[2].cast<Index>()};
+}
+
+void attention_forward(const py::tuple& shape, const py::tuple& q, const py::tuple& k, const py::tuple& v,
+                       const py::tuple& out, Address softmax, int threads) {
+    const auto of = attention_shape(shape);
+    const auto query = heads_of(q), key = heads_of(k), value = heads_of(v);
+    const auto result = heads_of<std::uint16_t>(out);
+    py::gil_scoped_release released;
+    federa::attention_forward(of, query, key, value, result, reinterpret_cast<float*>(softmax), threads);
+}
+
+void attention_backward(const py::tuple& shape, const py::tuple& q, const py::tuple& k, const py::tuple& v,
+                        const py::tuple& out, Address softmax, const py::tuple& d_out, const py::tuple& dq,
+                        const py::tuple& dk, const py::tuple& dv, int threads) {
+    const auto of = attention_shape(shape);
+    const auto query = heads_of(q), key = heads_of(k), value = heads_of(v), result = heads_of(out), d = heads_of(d_out);
+    const auto d_query = heads_of<std::uint16_t>(dq), d_key = heads_of<std::uint16_t>(dk);
+    const auto d_value = heads_of<std::uint16_t>(dv);
+    py::gil_scoped_release released;
+    federa::attention_backward(of, query, key, value, result, reinterpret_cast<const float*>(softmax), d, d_query,
+                               d_key, d_value, threads);
+}
+
 // Of each (A, N, K, lda, rank, block, columns, goal, gram, U, S, Vh, left): (status, ||A V - U S||, following, matvecs).
 py::list truncated_svd(const py::list& list, int threads) {
     std::vector<federa::SvdTask> tasks;
@@ -232,8 +265,11 @@ PYBIND11_MODULE(_C, module) {
     module.def("pack", &pack);
     module.def("low_rank_linear", &low_rank_linear);
     module.def("low_rank_backward", &low_rank_backward);
+    module.def("attention_available", &federa::attention_available, "whether the two below run here for heads of a size");
+    module.def("attention_forward", &attention_forward);
+    module.def("attention_backward", &attention_backward);
     module.def("truncated_svd", &truncated_svd);
-    module.def("has_tiles", &federa::has_tiles, "whether truncated_svd can take a Gram matrix on the tile units");
+    module.def("has_tiles", &federa::tiles_available, "whether this processor and operating system have tile units (AMX)");
 #ifndef FEDERA_CUDA_MISSING
     module.def("lora_linear_mma", [](const std::string& kernel, Address arguments, std::size_t bytes, Address stream) {
         federa::mma_kernels::run(kernel.c_str(), reinterpret_cast<const void*>(arguments), bytes,

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load, save
+from safetensors.torch import load, save_file
 
 from federa.aggregate import mismatch
 from federa.errors import InputError
@@ -52,11 +52,11 @@ def save_checkpoint(folder: RunFolder, state: State, digest: str, keep: int = 2)
     previous = {name: tensor.clone() for name, tensor in state.previous.items()}  # shared where a round changed nothing
     groups = {"global": state.tensors, "server": state.server, "base": state.base, "previous": previous}
     groups |= {f"client-{client}": tensors for client, tensors in state.variates.items()}
-    content = save({f"{group}/{name}": t.cpu().contiguous() for group, ts in groups.items() for name, t in ts.items()})
-    (temporary / "state.safetensors").write_bytes(content)
+    tensors = {f"{group}/{name}": t.cpu().contiguous() for group, ts in groups.items() for name, t in ts.items()}
+    save_file(tensors, temporary / "state.safetensors")
     facts = {name: getattr(state, name) for name in FACTS}
     facts |= {"seen": sorted(state.seen.items()), "format": FORMAT, "config": digest}
-    facts["sha256"] = _digest(facts, content)
+    facts["sha256"] = _digest(facts, temporary / "state.safetensors")
     (temporary / "state.json").write_text(to_json(facts) + "\n")
     publish_folder(temporary, path)
     best = state.best["round"] if state.best else None
@@ -80,15 +80,14 @@ def load_checkpoint(folder: RunFolder, round: int, digest: str, template: dict[s
     facts = folder.read_json(path / "state.json")
     hint = "delete that folder to resume from the checkpoint before it"
     try:
-        content = (path / "state.safetensors").read_bytes()
         if facts["format"] != FORMAT:
             raise InputError(f"{path}: must be a checkpoint of format {FORMAT}, got {facts['format']!r:.60}")
         if facts["config"] != digest:
             raise InputError(f"{path}: is a checkpoint of another configuration or other factors than this run's")
-        if facts.pop("sha256") != _digest(facts, content) or facts["round"] != round:
+        if facts.pop("sha256") != _digest(facts, path / "state.safetensors") or facts["round"] != round:
             raise InputError(f"{path}: is corrupt (its SHA-256 is not the recorded one); {hint}")
         groups: dict[str, dict[str, torch.Tensor]] = {"global": {}, "server": {}, "base": {}, "previous": {}}
-        for key, tensor in load(content).items():
+        for key, tensor in load((path / "state.safetensors").read_bytes()).items():
             group, _, name = key.partition("/")
             groups.setdefault(group, {})[name] = tensor
         state = State(
@@ -107,9 +106,10 @@ def load_checkpoint(folder: RunFolder, round: int, digest: str, template: dict[s
     return state
 
 
-def _digest(facts: dict[str, Any], content: bytes) -> str:
-    """SHA-256 over a checkpoint's facts and tensors."""
-    return hashlib.sha256(to_json(facts).encode() + content).hexdigest()
+def _digest(facts: dict[str, Any], tensors: Path) -> str:
+    """SHA-256 over a checkpoint's facts and the file of its tensors."""
+    with open(tensors, "rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.sha256(to_json(facts).encode())).hexdigest()
 
 
 def newest_checkpoint(folder: RunFolder, digest: str, template: dict[str, torch.Tensor]) -> State | None:

@@ -5,10 +5,10 @@ import json
 import os
 import tempfile
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
-from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +23,10 @@ if TYPE_CHECKING:
 IGNORED = -100  # the target of a token that nothing is asked of
 
 TOKENISE_AT_ONCE = 1024  # texts
+_READ_AT_ONCE = 4096  # examples
 _SORT_AT_ONCE = 16  # batches
+_CACHE_FORMAT = 2
+_STORED = {"I8": np.int8, "I32": np.int32, "I64": np.int64}  # safetensors' names
 
 
 @dataclass(frozen=True)
@@ -70,7 +73,8 @@ def is_test(key: str) -> bool:
 
 @dataclass(frozen=True)
 class Examples:
-    """Tokenised rows in flat arrays: example i is input_ids[offsets[i] : offsets[i + 1]].
+    """Tokenised rows in flat arrays, which may lie on disk: example i is input_ids[offsets[j] : offsets[j + 1]] with
+    j = places[i], or i where there are no places.
 
     Only what a task needs is there besides. targets: what is asked of every token (tokens,), IGNORED for nothing, or of
     the example (n, 2); without them it is the label. types: segment ids. spans: the characters of its text behind each
@@ -79,7 +83,7 @@ class Examples:
     """
 
     input_ids: np.ndarray  # (tokens,) int32
-    offsets: np.ndarray  # (n + 1,) int64
+    offsets: np.ndarray  # (n + 1,) int64; of all that are stored, where there are places
     labels: np.ndarray  # (n,) int64
     pad_id: int
     targets: np.ndarray | None = None  # (tokens,) int32 or (n, 2) int64
@@ -87,42 +91,70 @@ class Examples:
     spans: np.ndarray | None = None  # (tokens, 2) int32
     rows: np.ndarray | None = None  # (n,) int64
     truth: Sequence[Any] | None = None
+    places: np.ndarray | None = None  # (n,) int64
 
     def __len__(self) -> int:
         return len(self.labels)
 
-    @property
+    @cached_property
     def lengths(self) -> np.ndarray:
-        return np.diff(self.offsets)
+        lengths = np.diff(self.offsets)
+        return lengths if self.places is None else lengths[self.places]
 
     @cached_property
     def units(self) -> np.ndarray:
         """How many predictions each example asks for, (n,) int64: a step's loss is the mean over its units."""
         if self.targets is None or self.targets.ndim == 2:
             return np.ones(len(self), np.int64)
-        asked = np.concatenate([[0], np.cumsum(self.targets != IGNORED)])
-        return np.diff(asked[self.offsets])
-
-    @property
-    def arrays(self) -> dict[str, np.ndarray]:
-        """All arrays by name."""
-        held = {item.name: getattr(self, item.name) for item in fields(self)}
-        return {name: array for name, array in held.items() if isinstance(array, np.ndarray)}
+        counts = [np.empty(0, np.int64)]
+        for tokens, offsets in map(self._tokens, self._stretches()):
+            asked = np.concatenate([[0], np.cumsum(self.targets[tokens] != IGNORED)])
+            counts.append(np.diff(asked[offsets]))
+        return np.concatenate(counts)
 
     def of_rows(self, rows: np.ndarray) -> np.ndarray:
         """The indices of the examples of these rows of the source: the rows themselves where each gives one."""
         return rows if self.rows is None else np.flatnonzero(np.isin(self.rows, rows))
 
-    def take(self, indices: np.ndarray) -> "Examples":
+    def part(self, indices: np.ndarray) -> "Examples":
+        """Some of the examples, whose tokens stay where they are."""
         indices = np.asarray(indices, dtype=np.int64)
-        lengths = self.lengths[indices]
-        offsets = _offsets(lengths)
-        tokens = np.arange(offsets[-1]) + np.repeat(self.offsets[:-1][indices] - offsets[:-1], lengths)
-        own = {name: array[tokens if self._by_token(name) else indices] for name, array in self.arrays.items()}
-        return replace(self, **own | {"offsets": offsets})
+        own = {name: array[indices] for name, array in self._arrays() if not self._by_token(name) and name != "offsets"}
+        return replace(self, **own, places=indices if self.places is None else self.places[indices])
+
+    def take(self, indices: np.ndarray) -> "Examples":
+        """Copies of some of the examples, one after another."""
+        indices = np.asarray(indices, dtype=np.int64)
+        tokens, offsets = self._tokens(indices)
+        own = {name: array[tokens if self._by_token(name) else indices] for name, array in self._arrays()
+               if name != "offsets"}  # fmt: skip
+        return replace(self, **own, offsets=offsets, places=None)
+
+    def pieces(self) -> Iterator[np.ndarray]:
+        """All arrays as `take` would copy them, one after another and no large one at once: what a digest covers."""
+        for name, array in self._arrays():
+            if self._by_token(name):
+                yield from (array[self._tokens(indices)[0]] for indices in self._stretches())
+            else:
+                yield _offsets(self.lengths) if name == "offsets" else array
+
+    def _arrays(self) -> Iterator[tuple[str, np.ndarray]]:
+        held = ((item.name, getattr(self, item.name)) for item in fields(self) if item.name != "places")
+        return ((name, array) for name, array in held if isinstance(array, np.ndarray))
 
     def _by_token(self, name: str) -> bool:
         return name in ("input_ids", "types", "spans") or (name == "targets" and self.targets.ndim == 1)
+
+    def _tokens(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Where the tokens of some examples are, and the offsets at which each begins among these."""
+        lengths = self.lengths[indices]
+        offsets = _offsets(lengths)
+        stored = indices if self.places is None else self.places[indices]
+        return np.arange(offsets[-1]) + np.repeat(self.offsets[stored] - offsets[:-1], lengths), offsets
+
+    def _stretches(self) -> Iterator[np.ndarray]:
+        for start in range(0, len(self), _READ_AT_ONCE):
+            yield np.arange(start, min(start + _READ_AT_ONCE, len(self)))
 
     def batch(self, indices: np.ndarray) -> "dict[str, torch.Tensor]":
         """input_ids and attention_mask (batch, its longest example), padded on the right, and labels: (batch,) of whole
@@ -181,27 +213,34 @@ def pad_id_of(tokenizer: "PreTrainedTokenizerBase") -> int:
 def cached(
     cache: str | None, tokenizer: "PreTrainedTokenizerBase", inputs: list[Any], tokens: Callable[[], dict]
 ) -> dict[str, np.ndarray]:
-    """The arrays that `tokens()` makes of a tokenizer and `inputs`, from the cache folder if they are there."""
-    key = json.dumps([_definition(tokenizer), pad_id_of(tokenizer), *inputs])
-    file = cache_folder(cache) / f"{hashlib.sha256(key.encode()).hexdigest()}.safetensors"
-    arrays = _load_tokens(file)
-    if arrays is None:
+    """The arrays that `tokens()` makes of a tokenizer and `inputs`, kept in the cache folder and mapped from there:
+    read-only, and read from disk as they are used. Only where they cannot be written do they stay in memory."""
+    key = hashlib.sha256()
+    for piece in json.JSONEncoder().iterencode([_CACHE_FORMAT, _definition(tokenizer), pad_id_of(tokenizer), *inputs]):
+        key.update(piece.encode())
+    folder = cache_folder(cache)
+    file = _find_tokens(folder, key.hexdigest())
+    if file is None:
         arrays = tokens()
-        _store_tokens(file, arrays)
-    return arrays
+        file = _store_tokens(folder, key.hexdigest(), arrays)
+        if file is None:
+            return arrays
+    return _mapped(file)
 
 
 def _tokenise(texts: list[str], tokenizer, max_length: int, pad_id: int) -> tuple[np.ndarray, np.ndarray]:
-    rows: list[list[int]] = []
+    rows: list[np.ndarray] = []
     for start in range(0, len(texts), TOKENISE_AT_ONCE):
         part = texts[start : start + TOKENISE_AT_ONCE]
-        rows += tokenizer(part, truncation=True, max_length=max_length, return_attention_mask=False)["input_ids"]
-    return flat([row or [pad_id] for row in rows])
+        found = tokenizer(part, truncation=True, max_length=max_length, return_attention_mask=False)["input_ids"]
+        rows += (np.array(row or [pad_id], np.int32) for row in found)
+    return flat(rows)
 
 
-def flat(rows: Sequence[Sequence[int]], dtype: type = np.int32) -> tuple[np.ndarray, np.ndarray]:
+def flat(rows: Sequence[Sequence[int] | np.ndarray], dtype: type = np.int32) -> tuple[np.ndarray, np.ndarray]:
     """Rows of different length as one array, and the offsets (n + 1,) at which they begin."""
-    return np.fromiter(chain.from_iterable(rows), dtype=dtype), _offsets([len(row) for row in rows])
+    offsets = _offsets([len(row) for row in rows])
+    return np.concatenate([np.empty(0, dtype), *(np.asarray(row, dtype) for row in rows)]), offsets
 
 
 def _offsets(lengths: Sequence[int] | np.ndarray) -> np.ndarray:
@@ -222,34 +261,48 @@ def cache_folder(cache: str | None = None) -> Path:
     return Path(cache or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "federa")).expanduser()
 
 
-def _digest(arrays: Mapping[str, np.ndarray]) -> np.ndarray:
-    digest = hashlib.sha256(b"".join(arrays[name].tobytes() for name in sorted(arrays))).digest()
-    return np.frombuffer(digest, dtype=np.uint8)
+def _find_tokens(folder: Path, key: str) -> Path | None:
+    """The file of a key whose name tells its own SHA-256, which is read and compared: a damaged one is no such file."""
+    for file in folder.glob(f"{key}-*.safetensors"):
+        with suppress(OSError), open(file, "rb") as content:
+            if file.stem == f"{key}-{hashlib.file_digest(content, 'sha256').hexdigest()}":
+                return file
+    return None
 
 
-def _load_tokens(file: Path) -> dict[str, np.ndarray] | None:
+def _store_tokens(folder: Path, key: str, arrays: Mapping[str, np.ndarray]) -> Path | None:
     from safetensors import SafetensorError
-    from safetensors.numpy import load
+    from safetensors.numpy import save_file
 
+    temporary = None
     try:
-        arrays = load(file.read_bytes())
-        digest = arrays.pop("digest")
-        return arrays if np.array_equal(digest, _digest(arrays)) else None
-    except (OSError, SafetensorError, KeyError):
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=folder, delete=False) as content:
+            temporary = Path(content.name)
+        save_file(dict(arrays), temporary)
+        with open(temporary, "rb") as content:
+            digest = hashlib.file_digest(content, "sha256").hexdigest()
+        file = folder / f"{key}-{digest}.safetensors"
+        os.replace(temporary, file)
+        return file
+    except (OSError, SafetensorError) as error:
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
+        warnings.warn(f"data.cache: tokens are not kept, cannot write to {folder}: {error}", stacklevel=4)
         return None
 
 
-def _store_tokens(file: Path, arrays: Mapping[str, np.ndarray]) -> None:
-    from safetensors.numpy import save
-
-    content = save({**arrays, "digest": _digest(arrays)})
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=file.parent, delete=False) as temporary:
-            temporary.write(content)
-        os.replace(temporary.name, file)
-    except OSError as error:
-        warnings.warn(f"data.cache: tokens are not kept, cannot write to {file.parent}: {error}", stacklevel=4)
+def _mapped(file: Path) -> dict[str, np.ndarray]:
+    """The arrays of a safetensors file, none of them read. (safetensors' own numpy reader copies; torch's mapping may
+    be written to, so that the system counts it as memory.)"""
+    content = np.asarray(np.memmap(file, np.uint8, "r"))
+    start = 8 + int(content[:8].view("<u8")[0])
+    arrays = {}
+    for name, facts in json.loads(content[8:start].tobytes()).items():
+        begin, end = facts["data_offsets"]
+        values = content[start + begin : start + end]
+        arrays[name] = values.view(_STORED[facts["dtype"]]).reshape(facts["shape"])
+    return arrays
 
 
 def length_grouped_batches(

@@ -62,8 +62,8 @@ class Experiment:
         """SHA-256 of all tokens, labels and who holds them: tells a resumed run that its data are still the same."""
         digest = hashlib.sha256()
         for part in (self.train, self.validation, self.test):
-            for array in part.arrays.values():
-                digest.update(array.tobytes())
+            for piece in part.pieces():
+                digest.update(piece.tobytes())
             if part.truth is not None:
                 digest.update(json.dumps(part.truth).encode())
         for indices in (*self.clients, *(self.test_clients or ())):
@@ -94,7 +94,7 @@ def build(
     if config.partition.scheme == "sites":
         everything, nothing = np.arange(len(labels)), np.arange(0)
         chosen, held_out = (everything, nothing) if at_site else (nothing, everything)
-    train = examples.take(examples.of_rows(chosen))
+    train = examples.part(examples.of_rows(chosen))
     pad_id = tokenizer.pad_token_id
     model = load_model(config.model, source, corpus.label_names, pad_id, config.seed, task.auto_class)
     for part in (examples, test):
@@ -122,7 +122,7 @@ def build(
     for key, needed in (("clients_per_round", server.clients_per_round or 1), ("min_updates", server.min_updates)):
         if needed > clients:
             raise InputError(f"server.{key} must be at most the number of clients = {clients}, got {needed}")
-    validation = examples.take(examples.of_rows(held_out))
+    validation = examples.part(examples.of_rows(held_out))
     return Experiment(config, corpus, source, learner, train, validation, test, partition, test_clients, adapted)
 
 

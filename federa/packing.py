@@ -5,7 +5,6 @@ layers see (1, M, K), M the number of real tokens, and attention stays within ea
 """
 
 from dataclasses import dataclass
-from itertools import groupby
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +12,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from federa.models import backbone_of
+from federa_kernels import packed_attention
 
 NAME = "federa_packed"
 # model_type -> the child of the backbone that holds all of its layers and takes attention_mask
@@ -86,25 +86,11 @@ def _mask(attention_mask: Tensor | None = None, **facts) -> Tensor | None:
 
 
 def _attention(module, query: Tensor, key: Tensor, value: Tensor, attention_mask, dropout: float = 0.0, **kwargs):
-    """softmax(q k^T scaling) v within each example. query, key, value (1, H, M, D) -> (1, M, H, D).
-
-    In float32 on a CPU: torch's backward there takes three times as long in bfloat16.
-    """
+    """softmax(q k^T scaling) v within each example. query, key, value (1, H, M, D) -> (1, M, H, D)."""
     if not isinstance(attention_mask, Packing):
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, **kwargs)
-    dtype = query.dtype
-    if query.device.type == "cpu" and dtype in (torch.bfloat16, torch.float16):
-        query, key, value = query.float(), key.float(), value.float()
-    groups = [(length, len(list(same))) for length, same in groupby(attention_mask.lengths)]
-    sizes = [length * count for length, count in groups]
-    parts = zip(*(tensor.transpose(1, 2).squeeze(0).split(sizes) for tensor in (query, key, value)), strict=True)
-    outputs = []
-    for (length, count), part in zip(groups, parts, strict=True):
-        q, k, v = (rows.unflatten(0, (count, length)).transpose(1, 2) for rows in part)
-        with torch.autocast(q.device.type, enabled=False):
-            out = nn.functional.scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=kwargs.get("scaling"))
-        outputs.append(out.transpose(1, 2).flatten(0, 1))
-    return torch.cat(outputs).unsqueeze(0).to(dtype), None
+    rows = (tensor.transpose(1, 2).squeeze(0) for tensor in (query, key, value))
+    return packed_attention(*rows, attention_mask.lengths, kwargs.get("scaling"), dropout).unsqueeze(0), None
 
 
 AttentionInterface.register(NAME, _attention)

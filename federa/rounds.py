@@ -51,6 +51,7 @@ class Attempt:
     examples: int = 0
     steps: int = 0
     loss: float = 0.0
+    seconds: float = 0.0  # that its clients trained
 
     def add(self, update: ClientUpdate) -> None:
         self.completed.append(update.client)
@@ -151,12 +152,10 @@ def _run_round(experiment: Experiment, state: State, watch: Watch, train: Train)
     experiment.learner.load(state.tensors, state.base)
     attempts, gathering = _collect(experiment, state, round, watch, train)
     attempt = attempts[-1]
-    trained = time.perf_counter()
     before = state
     state, drift = gathering.next_state()
     state.releases += len(attempts)
     state.previous = before.tensors | before.base
-    aggregated = time.perf_counter()
     record = {
         "round": round,
         "attempts": len(attempts),
@@ -177,15 +176,17 @@ def _run_round(experiment: Experiment, state: State, watch: Watch, train: Train)
     if config.privacy.clip is not None:
         spent = epsilon(config.privacy, len(experiment.clients), experiment.clients_per_round, state.releases)
         record["privacy"] = {"epsilon": spent, "delta": config.privacy.delta, "releases": state.releases}
-    record |= evaluate_round(experiment, state)
-    evaluated = time.perf_counter()
-    record["seconds"] = {
-        "train": trained - started,
-        "aggregate": aggregated - trained,
-        "evaluate": evaluated - aggregated,
-    }
     values = (before.previous, state.previous, state.tensors | state.base)
     record["update"] = update_geometry(experiment.learner, *values)
+    aggregated = time.perf_counter()
+    record |= evaluate_round(experiment, state)
+    evaluated = time.perf_counter()
+    trained = sum(one.seconds for one in attempts)
+    record["seconds"] = {
+        "train": trained,
+        "aggregate": aggregated - started - trained,  # all else
+        "evaluate": evaluated - aggregated,
+    }
     state.seconds += evaluated - started
     return state, record
 
@@ -240,7 +241,9 @@ def _collect(
         updates = train(experiment, state, round, [c for c in attempt.sampled if c not in silent])
         for position, client in enumerate(attempt.sampled, 1):
             if client not in silent:
+                started = time.perf_counter()
                 update = next(updates)
+                attempt.seconds += time.perf_counter() - started
                 if (problem := problem_of(update, gathering.current)) is None:
                     attempt.add(update)
                     gathering.add(update)

@@ -27,9 +27,15 @@ def update_geometry(
     (empty before round 2), t - 1 and t, and the frozen weights "LAYER.residual" among them where a round moves these.
     The cosine is None where there is no earlier update or one of them is zero."""
     now, before = _changes(learner, current, following), _changes(learner, previous, current) if previous else {}
-    square = _inner(now, now)
-    scale = math.sqrt(square * _inner(before, before))
-    return {"norm": math.sqrt(square), "cosine": _inner(now, before) / scale if scale > 0 else None}
+    squares, products, earlier = [], [], []  # a weight each, added exactly: their order is no matter
+    for name in now.keys() | before.keys():
+        change, last = (_product(changes[name]) if name in changes else None for changes in (now, before))
+        squares += [_inner(change, change)] if change else []
+        earlier += [_inner(last, last)] if last else []
+        products += [_inner(change, last)] if change and last else []
+    square = max(math.fsum(squares), 0.0)
+    scale = math.sqrt(square * max(math.fsum(earlier), 0.0))
+    return {"norm": math.sqrt(square), "cosine": math.fsum(products) / scale if scale > 0 else None}
 
 
 def _changes(learner: Learner, before: Tensors, after: Tensors) -> dict[str, tuple]:
@@ -65,11 +71,7 @@ def _column(dense: torch.Tensor) -> Product:
     return dense.reshape(-1, 1), torch.ones(1, 1, dtype=torch.float64)
 
 
-def _inner(one: Mapping[str, tuple], other: Mapping[str, tuple]) -> float:
-    """sum over weights of <L R, L' R'> = sum((L^T L') * (R R'^T)); exact over weights, whose order is no matter."""
-    terms = []
-    for name in one.keys() & other.keys():
-        left, right = _product(one[name])
-        left_, right_ = (left, right) if one is other else _product(other[name])
-        terms.append(float(((left.T @ left_) * (right @ right_.T)).sum()))
-    return max(math.fsum(terms), 0.0) if one is other else math.fsum(terms)
+def _inner(one: Product, other: Product) -> float:
+    """<L R, L' R'> = sum((L^T L') * (R R'^T))."""
+    (left, right), (left_, right_) = one, other
+    return float(((left.T @ left_) * (right @ right_.T)).sum())

@@ -3,6 +3,7 @@
 lora_linear       y = x W^T + s (x A^T) B^T + b, forward and backward; lora_linear_clients for many adapters over the
                   rows of one batch (Segments), lora_linear_shared for projections of one x
 FrozenWeight      a weight that never trains, with packed forms that multiply faster
+packed_attention  attention within each of many examples, without padding
 truncated_svd     leading singular triplets, a TruncatedSVD per matrix
 factored_svd      the same of a weighted sum of products, from its factors; svd_memory_needed predicts its peak
 lora_init         weights -> starting factors and residuals, a LoraInit each
@@ -18,6 +19,7 @@ load_extension    the compiled module or None; why_no_extension tells why
 """
 
 from ._extension import load_extension, why_no_extension
+from .attention import packed_attention
 from .explain import explain
 from .frozen import FrozenWeight, pack_frozen
 from .linear import FeDeRALinear, LoraInit, derive_residual, fingerprint, lora_init
@@ -48,6 +50,7 @@ __all__ = [
     "lora_linear_clients",
     "lora_linear_shared",
     "pack_frozen",
+    "packed_attention",
     "replace_linears",
     "restore_peft",
     "svd_memory_needed",

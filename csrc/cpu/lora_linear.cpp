@@ -6,10 +6,9 @@
 #include "cpu/engines.h"
 #include "cpu/parallel.h"
 #include "cpu/scratch.h"
+#include "cpu/tiles.h"
 
-#if defined(__x86_64__) && defined(__linux__) && (defined(__clang__) ? __clang_major__ >= 14 : __GNUC__ >= 11)
-#define FEDERA_TILES 1
-#include <immintrin.h>
+#ifdef FEDERA_TILES
 #include <sys/syscall.h>
 #include <unistd.h>
 
@@ -20,22 +19,17 @@ namespace federa {
 
 #ifndef FEDERA_TILES
 
-static bool tiles_available() { return false; }
-
 const Engine amx{"amx", tiles_available, true, nullptr, nullptr, nullptr, nullptr};
 
 #else
 
 namespace {
 
-using bf16 = std::uint16_t;
-using Index = std::int64_t;
+using namespace tiles;
 
-constexpr Index TILE = 512;  // bfloat16s in a tile: 16 rows of 32, or 16 pairs of rows of 16
-constexpr Index SIDE = 32;   // rows, columns and depth of one step: 2 x 2 tiles of sums, 32 deep
+constexpr Index SIDE = 32;  // rows, columns and depth of one step: 2 x 2 tiles of sums, 32 deep
 
 int planes_of(Kind kind) { return kind == Kind::float32 ? 3 : 1; }
-Index blocks(Index size, Index block) { return (size + block - 1) / block; }
 
 struct Source {  // of a tile of sums: rows `stride` bytes apart, or zero
     const float* data;
@@ -46,28 +40,7 @@ struct Extra {  // a low-rank product on top of a block: tiles of h and of up
     const bf16 *h, *up;
 };
 
-// Everything from here to the pop is compiled for the tile units and calls nothing but itself.
-#ifdef __clang__
-#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,amx-tile,amx-bf16"))), \
-                             apply_to = function)
-#else
-#pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,amx-tile,amx-bf16")
-#endif
-
-// GCC's tile intrinsics do not tell that they read memory, so that a store before them must be made to happen.
-inline void stores_are_done() { __asm__ volatile("" ::: "memory"); }
-
-void configure_tiles() {
-    alignas(64) unsigned char config[64] = {1};  // palette 1
-    for (int tile = 0; tile < 8; ++tile) {
-        config[16 + 2 * tile] = 64;  // bytes a row
-        config[48 + tile] = 16;      // rows
-    }
-    __asm__ volatile("ldtilecfg %0" ::"m"(config));
-}
-
-void release_tiles() { _tile_release(); }
+FEDERA_TILES_BEGIN
 
 // A floating-point unit left alone for about 2,000 cycles falls asleep, and the tile store that ends a longer run of
 // products then waits 600 more. One addition a step keeps it awake; neither integer operations nor stores do.
@@ -76,24 +49,8 @@ inline void stay_awake() {
     __asm__ volatile("vaddss %0, %0, %0" : "+x"(zero));
 }
 
-inline __mmask16 first(Index count) { return count >= 16 ? 0xffff : count <= 0 ? 0 : (1u << count) - 1; }
-
-inline __m512 widened(__m256i half) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16)); }
-
-// A float rounded to bfloat16, in its place; halves go away from zero, and what is left over is exact.
-inline __m512 round_to_bf16(__m512 value) {
-    const __m512i bits = _mm512_add_epi32(_mm512_castps_si512(value), _mm512_set1_epi32(0x8000));
-    return _mm512_castsi512_ps(_mm512_and_si512(bits, _mm512_set1_epi32(0xffff0000)));
-}
-
-// The same for one plane alone: halves to even, and a NaN stays one whatever its bits.
+// As round_to_bf16, for one plane alone: halves to even, and a NaN stays one whatever its bits.
 inline __m512 nearest_bf16(__m512 value) { return widened((__m256i)_mm512_cvtneps_pbh(value)); }
-
-// The upper halves of 16 floats and of 16 others, by turns: (first[0], second[0]), (first[1], second[1]), ...
-inline __m512i paired(__m512 first, __m512 second) {
-    const __m512i below = _mm512_srli_epi32(_mm512_castps_si512(first), 16);
-    return _mm512_ternarylogic_epi32(below, _mm512_castps_si512(second), _mm512_set1_epi32(0xffff0000), 0xf8);
-}
 
 // Pairs of floats as three bfloat16s each, whose sum they are. An infinity leaves NaN.
 inline void split(__m512 first, __m512 second, __m512i planes[3]) {
@@ -121,43 +78,9 @@ inline __m256i upper_halves(__m512 values) {
     return _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_castps_si512(values), 16));
 }
 
-inline __m512i interleaved(__m512i rows) {  // 32 in a row -> pairs (0, 16), (1, 17), ...
-    alignas(64) static constexpr std::uint16_t order[32] = {0,  16, 1,  17, 2,  18, 3,  19, 4,  20, 5,
-                                                            21, 6,  22, 7,  23, 8,  24, 9,  25, 10, 26,
-                                                            11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
-    return _mm512_permutexvar_epi16(_mm512_load_si512(order), rows);
-}
-
 inline __m512 load_floats(const void* source, Kind kind, Index offset, __mmask16 mask) {
     if (kind == Kind::float32) return _mm512_maskz_loadu_ps(mask, static_cast<const float*>(source) + offset);
     return widened(_mm256_maskz_loadu_epi16(mask, static_cast<const bf16*>(source) + offset));
-}
-
-// Rows to columns, in place.
-inline void transpose(__m512i rows[16]) {
-    __m512i t[16];
-    for (int i = 0; i < 16; i += 2) {
-        t[i] = _mm512_unpacklo_epi32(rows[i], rows[i + 1]);
-        t[i + 1] = _mm512_unpackhi_epi32(rows[i], rows[i + 1]);
-    }
-    for (int i = 0; i < 16; i += 4) {
-        for (int j = 0; j < 2; ++j) {
-            rows[i + 2 * j] = _mm512_unpacklo_epi64(t[i + j], t[i + j + 2]);
-            rows[i + 2 * j + 1] = _mm512_unpackhi_epi64(t[i + j], t[i + j + 2]);
-        }
-    }
-    for (int i = 0; i < 4; ++i) {
-        t[i] = _mm512_shuffle_i32x4(rows[i], rows[i + 4], 0x88);
-        t[i + 4] = _mm512_shuffle_i32x4(rows[i], rows[i + 4], 0xdd);
-        t[i + 8] = _mm512_shuffle_i32x4(rows[i + 8], rows[i + 12], 0x88);
-        t[i + 12] = _mm512_shuffle_i32x4(rows[i + 8], rows[i + 12], 0xdd);
-    }
-    for (int i = 0; i < 4; ++i) {
-        rows[i] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88);
-        rows[i + 4] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0x88);
-        rows[i + 8] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd);
-        rows[i + 12] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0xdd);
-    }
 }
 
 // 16 x 16 values from rows `stride` apart, as columns; zero beyond `rows` and `columns`.
@@ -570,11 +493,7 @@ void gradient_rows(const bf16* h_tiles, Index rank_blocks, const void* x, Index 
     }
 }
 
-#ifdef __clang__
-#pragma clang attribute pop
-#else
-#pragma GCC pop_options
-#endif
+FEDERA_TILES_END
 
 const void* at(const void* base, Kind kind, Index offset) {
     return static_cast<const unsigned char*>(base) + offset * (kind == Kind::float32 ? 4 : 2);
@@ -792,8 +711,7 @@ class Task {
 
 }  // namespace
 
-// First called, it asks the system for permission to use the tile units.
-static bool tiles_available() {
+bool tiles_available() {
     static const bool available = [] {
         for (const auto& [name, there] : cpu_features())
             for (const char* needed : {"amx_tile", "amx_bf16", "avx512_bf16", "avx512f", "avx512bw", "avx512vl"})
@@ -849,9 +767,9 @@ void linear(const void* x, Kind kind, Index rows, Index depth, Index x_stride,
     job.column_groups = row_blocks >= threads ? 1 : blocks(threads, row_blocks);
     parallel_for(row_blocks * job.column_groups, threads, [&](long task) {
         const Index begin = task / job.column_groups * job.row_block;
-        configure_tiles();
+        configure();
         Task(job, begin, std::min(begin + job.row_block, rows), task % job.column_groups).run();
-        release_tiles();
+        release();
     });
 }
 
@@ -870,7 +788,7 @@ void gradient_of(const void* h, Index h_stride, Index rank, const void* x, Kind 
         float* totals = sums + size;
         bf16* tiles = tiles_scratch.take<bf16>(rank_blocks * planes_of(kind) * TILE);
         std::memset(sums, 0, 2 * size * sizeof(float));
-        configure_tiles();
+        configure();
         const Index end = clients.offsets[client + 1];
         for (Index row = clients.offsets[client]; row < end; row += SIDE) {
             for (Index block = 0; block < rank_blocks; ++block)
@@ -881,7 +799,7 @@ void gradient_of(const void* h, Index h_stride, Index rank, const void* x, Kind 
             // Long sums are summed in parts, or their rounding would grow with the rows.
             if ((row - clients.offsets[client]) % 512 == 512 - SIDE || row + SIDE >= end) move_sums(sums, totals, size);
         }
-        release_tiles();
+        release();
         float* own = gradient + client * client_stride + from * column_stride;
         const float s = scaling * clients.scalings[client];
         for (Index k = 0; k < width; k += 16) {

@@ -15,39 +15,53 @@
 namespace federa {
 namespace {
 
-// H <- R H R^T for the rotation of p and p + 1 that makes H[p + 1, column] zero; entries in [low, high] are touched.
-Rotation eliminate(double* H, long m, long p, long column, long low, long high) {
-    double *upper = H + p * m, *lower = upper + m;
-    const double r = std::sqrt(upper[column] * upper[column] + lower[column] * lower[column]);
-    const double c = upper[column] / r, s = lower[column] / r;
-    for (long k = low; k <= high; ++k) {
+// x (rows, count) <- rows i and i + 1 turned by (c, s; -s, c)
+inline void turn(double* __restrict upper, double* __restrict lower, double c, double s, long count) {
+    for (long k = 0; k < count; ++k) {
         const double u = upper[k], l = lower[k];
         upper[k] = c * u + s * l, lower[k] = c * l - s * u;
     }
-    for (long k = low; k <= high; ++k) {
-        double* row = H + k * m;
-        const double u = row[p], l = row[p + 1];
-        row[p] = c * u + s * l, row[p + 1] = c * l - s * u;
-    }
-    return {static_cast<int>(p), static_cast<int>(p + 1), c, -s};
 }
 
-void tridiagonalise(std::vector<double>& H, long m, long width, std::vector<Rotation>& rotations) {
-    for (long k = 0; k + 2 < m; ++k)
-        for (long row = std::min(k + width, m - 1); row >= k + 2; --row) {
+}  // namespace
+
+void SymmetricBand::reset(long m, long width) {
+    m_ = m, width_ = width, stride_ = width + 2;  // a diagonal more, for what rotations push out of the band
+    band_.assign(m * stride_, 0.0);
+}
+
+// H <- R H R^T for the rotation of p and p + 1 that makes H[p + 1, column] zero; rows up to `high` are touched.
+void SymmetricBand::eliminate(long p, long column, long high) {
+    const double upper = below(p, column), lower = below(p + 1, column), r = std::sqrt(upper * upper + lower * lower);
+    const double c = upper / r, s = lower / r;
+    for (long k = column; k < p; ++k) {
+        double* own = &below(p, k);
+        const double u = own[0], l = own[1];
+        own[0] = c * u + s * l, own[1] = c * l - s * u;
+    }
+    double &a = below(p, p), &b = below(p + 1, p), &d = below(p + 1, p + 1);
+    const double left = c * a + s * b, right = c * b + s * d, low_left = c * b - s * a, low_right = c * d - s * b;
+    a = c * left + s * right, b = c * low_left + s * low_right, d = c * low_right - s * low_left;
+    if (high > p + 1) turn(&below(p + 2, p), &below(p + 2, p + 1), c, s, high - p - 1);
+    rotations_.push_back({static_cast<int>(p), c, -s});
+}
+
+void SymmetricBand::tridiagonalise() {
+    for (long k = 0; k + 2 < m_; ++k)
+        for (long row = std::min(k + width_, m_ - 1); row >= k + 2; --row) {
             long column = k;
-            for (long q = row; q < m; q += width) {  // the entry that each rotation pushes out of the band is chased
-                if (H[q * m + column] == 0) break;
-                const long high = std::min(q + width, m - 1);
-                rotations.push_back(eliminate(H.data(), m, q - 1, column, column, high));
+            for (long q = row; q < m_; q += width_) {  // the entry that each rotation pushes out of the band is chased
+                if (below(q, column) == 0) break;
+                eliminate(q - 1, column, std::min(q + width_, m_ - 1));
                 column = q - 1;
             }
         }
 }
 
-// Implicit QL with Wilkinson's shift: d becomes the eigenvalues, e (e[i] couples i and i + 1) is destroyed.
-void implicit_ql(std::vector<double>& d, std::vector<double>& e, std::vector<Rotation>& rotations) {
-    const long m = static_cast<long>(d.size());
+// With Wilkinson's shift: d becomes the eigenvalues, e (e[i] couples i and i + 1) is destroyed.
+void SymmetricBand::implicit_ql() {
+    std::vector<double>&d = d_, &e = e_;
+    const long m = m_;
     const double eps = std::numeric_limits<double>::epsilon();
     for (long l = 0; l < m; ++l)
         for (int turn = 0; turn < 60; ++turn) {
@@ -73,44 +87,43 @@ void implicit_ql(std::vector<double>& d, std::vector<double>& e, std::vector<Rot
                 p = s * r;
                 d[i + 1] = g + p;
                 g = c * r - b;
-                rotations.push_back({static_cast<int>(i), static_cast<int>(i + 1), c, s});
+                rotations_.push_back({static_cast<int>(i), c, s});
             }
             if (i >= l) continue;
             d[l] -= p, e[l] = g, e[end] = 0;
         }
 }
 
-// vectors (m, count) <- the rotations, last one first, times vectors
-FEDERA_CLONES void apply_in_reverse(const Rotation* rotations, long turns, long count, double* vectors) {
-    for (long turn = turns - 1; turn >= 0; --turn) {
-        const double c = rotations[turn].c, s = rotations[turn].s;
-        double* __restrict upper = vectors + rotations[turn].i * count;
-        double* __restrict lower = vectors + rotations[turn].j * count;
-        for (long i = 0; i < count; ++i) {
-            const double u = upper[i], l = lower[i];
-            upper[i] = c * u + s * l, lower[i] = c * l - s * u;
-        }
-    }
+const std::vector<double>& SymmetricBand::eigenvalues() {
+    rotations_.clear();
+    tridiagonalise();
+    d_.resize(m_), e_.assign(m_, 0.0), values_.resize(m_), order_.resize(m_);
+    for (long i = 0; i < m_; ++i) d_[i] = below(i, i);
+    for (long i = 0; i + 1 < m_; ++i) e_[i] = below(i + 1, i);
+    implicit_ql();
+    std::iota(order_.begin(), order_.end(), 0L);
+    std::stable_sort(order_.begin(), order_.end(), [&](long a, long b) { return d_[a] > d_[b]; });
+    for (long i = 0; i < m_; ++i) values_[i] = d_[order_[i]];
+    return values_;
 }
 
-}  // namespace
+FEDERA_CLONES void SymmetricBand::ends_of_eigenvectors(long count, long rows, double* ends) const {
+    std::vector<double> all(m_ * rows, 0.0);  // of all eigenvectors: the rotations, first one first, times unit vectors
+    for (long i = 0; i < rows; ++i) all[(m_ - rows + i) * rows + i] = 1;
+    for (const Rotation& rotation : rotations_) {
+        double* own = all.data() + rotation.i * rows;
+        turn(own, own + rows, rotation.c, -rotation.s, rows);
+    }
+    for (long i = 0; i < count; ++i) std::copy_n(all.data() + order_[i] * rows, rows, ends + i * rows);
+}
 
-void leading_eigenpairs(std::vector<double>& H, long m, long width, long count, double* values, double* vectors,
-                        std::vector<Rotation>& rotations) {
-    rotations.clear();
-    tridiagonalise(H, m, width, rotations);
-    std::vector<double> d(m), e(m, 0.0);
-    for (long i = 0; i < m; ++i) d[i] = H[i * m + i];
-    for (long i = 0; i + 1 < m; ++i) e[i] = H[(i + 1) * m + i];
-    implicit_ql(d, e, rotations);
-
-    std::vector<long> order(m);
-    std::iota(order.begin(), order.end(), 0L);
-    std::stable_sort(order.begin(), order.end(), [&](long a, long b) { return d[a] > d[b]; });
-    std::fill(vectors, vectors + m * count, 0.0);
-    for (long i = 0; i < m; ++i) values[i] = d[order[i]];
-    for (long i = 0; i < count; ++i) vectors[order[i] * count + i] = 1;
-    apply_in_reverse(rotations.data(), static_cast<long>(rotations.size()), count, vectors);
+FEDERA_CLONES void SymmetricBand::eigenvectors(long count, double* vectors) const {
+    std::fill(vectors, vectors + m_ * count, 0.0);
+    for (long i = 0; i < count; ++i) vectors[order_[i] * count + i] = 1;
+    for (auto rotation = rotations_.rbegin(); rotation != rotations_.rend(); ++rotation) {
+        double* own = vectors + rotation->i * count;
+        turn(own, own + count, rotation->c, rotation->s, count);
+    }
 }
 
 }  // namespace federa

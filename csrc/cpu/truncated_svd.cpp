@@ -94,6 +94,7 @@ static inline void sum4(__m512 a, __m512 b, __m512 c, __m512 d, float* out) {
 
 struct Products {
     decltype(&plain::fused) fused;
+    decltype(&plain::symmetric) symmetric;
     decltype(&plain::combine) combine;
     decltype(&plain::dot) dot;
     decltype(&plain::outer) outer;
@@ -101,7 +102,8 @@ struct Products {
     decltype(&plain::turn) turn;
 };
 
-#define FEDERA_PRODUCTS(set) Products{&set::fused, &set::combine, &set::dot, &set::outer, &set::row, &set::turn}
+#define FEDERA_PRODUCTS(set) \
+    Products{&set::fused, &set::symmetric, &set::combine, &set::dot, &set::outer, &set::row, &set::turn}
 
 bool has(const char* feature) {
     for (const auto& [name, there] : cpu_features())
@@ -251,10 +253,10 @@ private:
     Interruption& interruption;
     const long b, rank, wide, length;  // of the vectors that are iterated on
     Rows basis, image, V;
-    float* G = nullptr;  // A^T A, or A A^T on the shorter side
+    float* G = nullptr;  // A^T A, or A A^T on the shorter side: blocks of 32 on the diagonal and below
     long G_stride = 0;
-    std::vector<double> theta, coupling, R, again, H, T, values, vectors;
-    std::vector<Rotation> rotations;
+    std::vector<double> theta, coupling, again, H, values;
+    SymmetricBand projected;
     std::vector<float> dots;
     double following = 0, theta_found = 0;
 
@@ -343,33 +345,30 @@ private:
 
     // Y (b rows) += A^T A X
     void apply(const float* X, float* Y) const {
-        if (!G) {
+        if (G)
+            products().symmetric(G, length, G_stride, X, basis.stride, Y, basis.stride, b);
+        else
             products().fused(task.A, task.N, task.K, task.lda, X, basis.stride, Y, basis.stride, b, 1, nullptr);
-            return;
-        }
-        std::vector<float> times(length * b);
-        for (long k = 0; k < length; ++k)
-            for (long i = 0; i < b; ++i) times[k * b + i] = X[i * basis.stride + k];
-        products().combine(G, length, length, G_stride, times.data(), b, Y, basis.stride);
     }
 
     // H[row, column] of the projected matrix, a band of width b, column <= row < column + 2 b
     double& below(long row, long column) { return H[column * 2 * b + row - column]; }
 
     double ritz(long have, const std::vector<double>& B, long wanted) {
-        T.assign(have * have, 0.0);
+        projected.reset(have, b);
         for (long j = 0; j < have; ++j)
-            for (long i = j; i < std::min(have, j + b + 1); ++i) T[i * have + j] = T[j * have + i] = below(i, j);
-        values.resize(have), vectors.resize(have * rank);
-        leading_eigenpairs(T, have, b, rank, values.data(), vectors.data(), rotations);
+            for (long i = j; i < std::min(have, j + b + 1); ++i) projected.below(i, j) = below(i, j);
+        values = projected.eigenvalues();
         following = have > rank ? std::max(values[rank], 0.0) : 0;
         theta_found = std::max(values[0], 0.0);
+        std::vector<double> ends(rank * b);
+        projected.ends_of_eigenvectors(rank, b, ends.data());
         for (long r = 0; r < rank; ++r) {
             theta[r] = std::max(values[r], 0.0);
             double sum = 0;
             for (long i = 0; i < b; ++i) {
                 double part = 0;
-                for (long j = i; j < b; ++j) part += B[i * b + j] * vectors[(have - b + j) * rank + r];
+                for (long j = i; j < b; ++j) part += B[i * b + j] * ends[r * b + j];
                 sum += part * part;
             }
             coupling[r] = std::sqrt(sum);
@@ -379,6 +378,8 @@ private:
 
     // V <- the Ritz vectors
     void take(long locked, long have) {
+        std::vector<double> vectors(have * rank);
+        projected.eigenvectors(rank, vectors.data());
         std::vector<float> times(have * wide, 0.0f);
         for (long i = 0; i < have; ++i)
             for (long r = 0; r < rank; ++r) times[i * wide + r] = static_cast<float>(vectors[i * rank + r]);
@@ -428,9 +429,13 @@ private:
         products().fused(task.A, N, K, task.lda, V.data, V.stride, image.data, image.stride, wide, 1, W.data());
         task.matvecs += 2 * rank;
         task.following = following;
-        std::vector<double> gram(rank * rank, 0.0), Z(rank * rank), S2(rank);
+        std::vector<double> gram(rank * rank, 0.0), Z(rank * rank);
         products().outer(W.data(), N, rank, wide, gram.data());
-        leading_eigenpairs(gram, rank, rank - 1, rank, S2.data(), Z.data(), rotations);
+        projected.reset(rank, rank - 1);
+        for (long j = 0; j < rank; ++j)
+            for (long i = j; i < rank; ++i) projected.below(i, j) = gram[i * rank + j];
+        const std::vector<double>& S2 = projected.eigenvalues();
+        projected.eigenvectors(rank, Z.data());
         if (!(S2[rank - 1] > 1e-6 * S2[0])) {  // A V is too far from orthogonal columns for this
             for (long r = 0; r < rank; ++r) std::memcpy(task.Vh + r * K, V[r], K * sizeof(float));
             task.status = SvdStatus::ill_conditioned;

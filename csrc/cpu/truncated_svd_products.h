@@ -94,14 +94,44 @@ static void fused(const float* A, long rows, long K, long lda, const float* X, l
     }
 }
 
-// Y (columns, ldy) += times^T A for times (rows, columns), columns a multiple of 4
+// Y (columns, ldy) += X G for symmetric G (n, n; ldg) and X (columns, ldx), columns a multiple of 4. Of G only blocks of 32
+// on the diagonal and below are read, once; n rows of it, and of X and G whole 32s.
+static void symmetric(const float* G, long n, long ldg, const float* X, long ldx, float* Y, long ldy, long columns) {
+    float dots[4 * 32], times[4 * 32];
+    for (long group = 0; group < columns; group += 4)
+        for (long row = 0; row < n; row += 32) {
+            const long height = std::min(32L, n - row);
+            const float *x = X + group * ldx, *block = G + row * ldg;
+            float* y = Y + group * ldy;
+            std::fill(dots, dots + 4 * 32, 0.0f);
+            for (long i = 0; i < height; ++i)
+                for (long j = 0; j < 4; ++j) times[4 * i + j] = x[j * ldx + row + i];
+            for (long i = 0; i < height; i += 4) {  // read twice, from L1 the second time
+                if (height - i >= 4) {
+                    dot_rows<4>(block + i * ldg, ldg, x, ldx, 0, row + 32, dots + 4 * i);
+                    spread_rows<4>(block + i * ldg, ldg, times + 4 * i, y, ldy, 0, row);
+                } else {
+                    dot_panel(block + i * ldg, ldg, height - i, x, ldx, 0, row + 32, dots + 4 * i);
+                    spread_panel(block + i * ldg, ldg, height - i, times + 4 * i, y, ldy, 0, row);
+                }
+            }
+            for (long i = 0; i < height; ++i)
+                for (long j = 0; j < 4; ++j) y[j * ldy + row + i] += dots[4 * i + j];
+        }
+}
+
+// Y (columns, ldy) += times^T A for times (rows, columns), columns a multiple of 4, reading A from memory once.
 static void combine(const float* A, long rows, long K, long lda, const float* times, long columns, float* Y, long ldy) {
-    std::vector<float> some(4 * rows);
-    for (long group = 0; group < columns; group += 4) {
-        for (long i = 0; i < rows; ++i) std::memcpy(&some[4 * i], times + i * columns + group, 4 * sizeof(float));
-        for (long k = 0; k < K; k += 1024)
-            spread_panel(A, lda, rows, some.data(), Y + group * ldy, ldy, k, std::min(K, k + 1024));
-    }
+    const long block = std::min(rows, std::max<long>(PANEL, (96 * 1024 / K) / PANEL * PANEL));
+    std::vector<float> some(4 * block);
+    for (long row = 0; row < rows; row += block)
+        for (long group = 0; group < columns; group += 4) {
+            const long height = std::min(block, rows - row);
+            for (long i = 0; i < height; ++i)
+                std::memcpy(&some[4 * i], times + (row + i) * columns + group, 4 * sizeof(float));
+            for (long k = 0; k < K; k += 1024)
+                spread_panel(A + row * lda, lda, height, some.data(), Y + group * ldy, ldy, k, std::min(K, k + 1024));
+        }
 }
 
 // In float64.

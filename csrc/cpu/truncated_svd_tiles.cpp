@@ -1,84 +1,43 @@
 #include "cpu/truncated_svd_tiles.h"
 
-#include <cstdint>
 #include <cstring>
 
-#if defined(__x86_64__) && defined(__linux__) && (defined(__clang__) ? __clang_major__ >= 14 : __GNUC__ >= 11)
-#define FEDERA_TILES 1
-#include <immintrin.h>
-#endif
-
-#include "cpu/engines.h"
 #include "cpu/scratch.h"
+#include "cpu/tiles.h"
 
 namespace federa {
 
 #ifndef FEDERA_TILES
 
-bool has_tiles() { return false; }
 void gram_by_tiles(const float*, long, long, long, long, float*, long) {}
 
 #else
 
 namespace {
 
-using bf16 = std::uint16_t;
+using namespace tiles;
 
-constexpr long TILE = 512;    // bfloat16s: 16 rows of 16 pairs
 constexpr long SIDE = 32;     // of a block of G, and the depth of a step
 constexpr long DEPTH = 256;   // rows of A at a time: 32 columns of them, in two planes, stay in the first-level cache
 
-long blocks(long size, long block) { return (size + block - 1) / block; }
-
-#ifdef __clang__
-#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,amx-tile,amx-bf16"))), \
-                             apply_to = function)
-#else
-#pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,amx-tile,amx-bf16")
-#endif
-
-inline __mmask16 first(long count) { return count >= 16 ? 0xffff : count <= 0 ? 0 : (1u << count) - 1; }
-
-inline __m512 rounded(__m512 value) {  // to bfloat16, halves away from zero
-    const __m512i bits = _mm512_add_epi32(_mm512_castps_si512(value), _mm512_set1_epi32(0x8000));
-    return _mm512_castsi512_ps(_mm512_and_si512(bits, _mm512_set1_epi32(0xffff0000)));
-}
+FEDERA_TILES_BEGIN
 
 // Two vectors as two planes of pairs.
-inline void split(__m512 one, __m512 other, __m512 planes[2]) {
+inline void split(__m512 one, __m512 other, __m512i planes[2]) {
     for (int plane = 0; plane < 2; ++plane) {
-        const __m512 low = rounded(one), high = rounded(other);
-        const __m512i below = _mm512_srli_epi32(_mm512_castps_si512(low), 16);
-        planes[plane] = _mm512_castsi512_ps(_mm512_or_si512(below, _mm512_castps_si512(high)));
+        const __m512 low = round_to_bf16(one), high = round_to_bf16(other);
+        planes[plane] = paired(low, high);
         one = _mm512_sub_ps(one, low), other = _mm512_sub_ps(other, high);
     }
 }
 
-template <int STRIDE>
-inline void exchange(__m512 rows[16]) {
-    alignas(64) int low[16], high[16];
-    for (int lane = 0; lane < 16; ++lane) {
-        low[lane] = lane & STRIDE ? 16 + lane - STRIDE : lane;
-        high[lane] = lane & STRIDE ? 16 + lane : lane + STRIDE;
-    }
-    const __m512i take_low = _mm512_load_si512(low), take_high = _mm512_load_si512(high);
-    for (int i = 0; i < 16; ++i)
-        if (!(i & STRIDE)) {
-            const __m512 upper = rows[i], lower = rows[i + STRIDE];
-            rows[i] = _mm512_permutex2var_ps(upper, take_low, lower);
-            rows[i + STRIDE] = _mm512_permutex2var_ps(upper, take_high, lower);
-        }
-}
-
-inline void transpose(__m512 rows[16]) { exchange<1>(rows), exchange<2>(rows), exchange<4>(rows), exchange<8>(rows); }
-
 // 16 columns of A by 32 rows, `deep` of them, as tiles of both factors of a product: right [plane][16 pairs (n, n + 16)
 // of rows][16 columns], left the same with columns for rows.
 void pack_tile(const float* A, long deep, long width, long row, long column, bf16* left, bf16* right) {
-    __m512 pairs[2][16];
+    __m512i pairs[2][16];
     for (long i = 0; i < 16; ++i) {
-        __m512 one, other, planes[2];
+        __m512 one, other;
+        __m512i planes[2];
         if (column == 1) {
             one = _mm512_maskz_loadu_ps(i < deep ? first(width) : 0, A + i * row);
             other = _mm512_maskz_loadu_ps(i + 16 < deep ? first(width) : 0, A + (i + 16) * row);
@@ -91,32 +50,26 @@ void pack_tile(const float* A, long deep, long width, long row, long column, bf1
     }
     for (int plane = 0; plane < 2; ++plane) {
         bf16 *as_it_is = (column == 1 ? right : left) + plane * TILE, *turned = (column == 1 ? left : right) + plane * TILE;
-        for (long i = 0; i < 16; ++i) _mm512_store_ps(as_it_is + i * 32, pairs[plane][i]);
+        for (long i = 0; i < 16; ++i) _mm512_store_si512(as_it_is + i * 32, pairs[plane][i]);
         transpose(pairs[plane]);
-        for (long i = 0; i < 16; ++i) _mm512_store_ps(turned + i * 32, pairs[plane][i]);
+        for (long i = 0; i < 16; ++i) _mm512_store_si512(turned + i * 32, pairs[plane][i]);
     }
 }
 
-// [32 columns][step of 32 rows][16 columns][plane] tiles of up to DEPTH rows, zero beyond A.
+// [32 columns][step of 32 rows][16 columns][plane] tiles of up to DEPTH rows, zero beyond A; read along its lines: across
+// them every one would lie on another page.
 void pack(const float* A, long rows, long columns, long row, long column, bf16* left, bf16* right) {
-    for (long j = 0; j < columns; j += SIDE)
-        for (long n = 0; n < rows; n += SIDE)
-            for (long half = 0; half < SIDE; half += 16, left += 2 * TILE, right += 2 * TILE)
-                pack_tile(A + n * row + (j + half) * column, rows - n, columns - j - half, row, column, left, right);
-}
-
-void configure() {
-    alignas(64) unsigned char config[64] = {1};  // palette 1
-    for (int tile = 0; tile < 8; ++tile) {
-        config[16 + 2 * tile] = 64;  // bytes a row
-        config[48 + tile] = 16;      // rows
+    const long steps = blocks(rows, SIDE), halves = 2 * blocks(columns, SIDE);
+    for (long tile = 0; tile < steps * halves; ++tile) {
+        const long step = column == 1 ? tile / halves : tile % steps, half = column == 1 ? tile % halves : tile / steps;
+        const long to = ((half / 2 * steps + step) * 2 + half % 2) * 2 * TILE, n = step * SIDE, j = half * 16;
+        pack_tile(A + n * row + j * column, rows - n, columns - j, row, column, left + to, right + to);
     }
-    __asm__ volatile("ldtilecfg %0" ::"m"(config));
 }
 
 // G (32, 32) += left right
 void block_product(const bf16* left, const bf16* right, long steps, float* G, long ldg) {
-    __asm__ volatile("" ::: "memory");  // GCC's tile intrinsics do not tell that they read memory
+    stores_are_done();
     _tile_loadd(0, G, ldg * 4);
     _tile_loadd(1, G + 16, ldg * 4);
     _tile_loadd(2, G + 16 * ldg, ldg * 4);
@@ -153,29 +106,12 @@ void multiply(const float* A, long rows, long columns, long row, long column, bf
             for (long j = 0; j <= i; ++j)
                 block_product(left + i * size, right + j * size, steps, G + i * SIDE * ldg + j * SIDE, ldg);
     }
-    _tile_release();
+    release();
 }
 
-// The upper triangle of blocks from the lower one.
-void mirror(float* G, long columns, long ldg) {
-    for (long i = 0; i < columns; i += 16)
-        for (long j = 0; j < i; j += 16) {
-            __m512 rows[16];
-            for (long k = 0; k < 16; ++k) rows[k] = _mm512_loadu_ps(G + (i + k) * ldg + j);
-            transpose(rows);
-            for (long k = 0; k < 16; ++k) _mm512_storeu_ps(G + (j + k) * ldg + i, rows[k]);
-        }
-}
-
-#ifdef __clang__
-#pragma clang attribute pop
-#else
-#pragma GCC pop_options
-#endif
+FEDERA_TILES_END
 
 }  // namespace
-
-bool has_tiles() { return amx.available(); }
 
 void gram_by_tiles(const float* A, long rows, long columns, long row, long column, float* G, long ldg) {
     static thread_local Scratch scratch;
@@ -183,7 +119,6 @@ void gram_by_tiles(const float* A, long rows, long columns, long row, long colum
     bf16* left = scratch.take<bf16>(2 * size);
     std::memset(G, 0, blocks(columns, SIDE) * SIDE * ldg * sizeof(float));
     multiply(A, rows, columns, row, column, left, left + size, G, ldg);
-    mirror(G, columns, ldg);
 }
 
 #endif

@@ -60,18 +60,15 @@ class QuestionAnswering(Task):
     def examples(self, texts: Texts, tokenizer: Any, config: DataConfig) -> Examples:
         check_fast(tokenizer, self.name)
         questions, contexts, answers = (texts.fields[name] for name in ("question", "context", "answers"))
+        first = [[*answer["text"][:1], *answer["answer_start"][:1]] for answer in answers]
         arrays = cached(
             config.cache,
             tokenizer,
-            [self.name, config.max_length, self.config.stride, questions, contexts],
-            lambda: _windows(questions, contexts, tokenizer, config.max_length, self.config.stride),
+            [self.name, config.max_length, self.config.stride, questions, contexts, first],
+            lambda: _windows(questions, contexts, answers, tokenizer, config.max_length, self.config.stride),
         )
-        rows, offsets, spans = arrays["rows"], arrays["offsets"], arrays["spans"]
-        targets = np.array(
-            [_target(spans[a:b], answers[row]) for row, (a, b) in zip(rows, pairwise(offsets), strict=True)], np.int64
-        ).reshape(-1, 2)
         truth = [{"context": c, "answers": list(answer["text"])} for c, answer in zip(contexts, answers, strict=True)]
-        return Examples(**arrays, labels=texts.labels[rows], pad_id=pad_id_of(tokenizer), targets=targets, truth=truth)
+        return Examples(**arrays, labels=texts.labels[arrays["rows"]], pad_id=pad_id_of(tokenizer), truth=truth)
 
     def losses(self, model: Any, batch: Batch) -> torch.Tensor:
         return _losses(*_logits(model, batch), batch["labels"])
@@ -149,12 +146,17 @@ def _losses(start: torch.Tensor, end: torch.Tensor, targets: torch.Tensor) -> to
 
 
 def _windows(
-    questions: list[str], contexts: list[str], tokenizer: Any, max_length: int, stride: int
+    questions: list[str],
+    contexts: list[str],
+    answers: list[dict[str, list]],
+    tokenizer: Any,
+    max_length: int,
+    stride: int,
 ) -> dict[str, np.ndarray]:
     """Windows of max_length tokens: the question, then a stretch of the context that shares `stride` tokens with the
     one before. A question of more than half of that is cut, so that every window moves on."""
     between, limit = separator(tokenizer), max_length // 2 - 4
-    ids, types, spans, rows = [], [], [], []
+    ids, types, spans, targets, rows = [], [], [], [], []
     for start in range(0, len(questions), TOKENISE_AT_ONCE):
         part = [_cut(question.strip(), tokenizer, limit) + between for question in questions[start:][:TOKENISE_AT_ONCE]]
         encoded = tokenizer(
@@ -168,18 +170,20 @@ def _windows(
             return_token_type_ids=True,
         )
         for window, row in enumerate(encoded["overflow_to_sample_mapping"]):
-            ids.append(encoded["input_ids"][window])
-            types.append(encoded["token_type_ids"][window])
-            sides = encoded.sequence_ids(window)
-            pairs = zip(encoded["offset_mapping"][window], sides, strict=True)
-            spans += [span if side == 1 and span[0] < span[1] else (-1, -1) for span, side in pairs]
+            ids.append(np.array(encoded["input_ids"][window], np.int32))
+            types.append(np.array(encoded["token_type_ids"][window], np.int8))
+            pairs = zip(encoded["offset_mapping"][window], encoded.sequence_ids(window), strict=True)
+            own = [span if side == 1 and span[0] < span[1] else (-1, -1) for span, side in pairs]
+            spans.append(np.array(own, np.int32))
+            targets.append(_target(spans[-1], answers[start + row]))
             rows.append(start + row)
     input_ids, offsets = flat(ids)
     return {
         "input_ids": input_ids,
         "offsets": offsets,
         "types": flat(types, np.int8)[0],
-        "spans": np.array(spans, np.int32).reshape(-1, 2),
+        "spans": np.concatenate([np.empty((0, 2), np.int32), *spans]),
+        "targets": np.array(targets, np.int64).reshape(-1, 2),
         "rows": np.array(rows, np.int64),
     }
 

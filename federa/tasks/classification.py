@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from federa.columns import Rows, Table, read_labels
 from federa.config import DataConfig
-from federa.data import Examples, Texts, cached, flat, pad_id_of, tokenise
+from federa.data import TOKENISE_AT_ONCE, Examples, Texts, cached, flat, pad_id_of, tokenise
 from federa.errors import InputError
 from federa.tasks.task import Batch, Predictions, Task, check_fast, inputs_of, separator
 
@@ -74,17 +74,19 @@ class PairClassification(Classification):
         pairs, between, pad_id = texts.fields, separator(tokenizer), pad_id_of(tokenizer)
 
         def tokens() -> dict[str, np.ndarray]:
-            encoded = tokenizer(
-                [text + between for text in pairs["first"]],
-                pairs["second"],
-                truncation="longest_first",
-                max_length=config.max_length,
-                return_token_type_ids=True,
-                return_attention_mask=False,
-            )
-            rows = [row or [pad_id] for row in encoded["input_ids"]]
-            types = [row or [0] for row in encoded["token_type_ids"]]
-            input_ids, offsets = flat(rows)
+            ids, types = [], []
+            for start in range(0, len(texts), TOKENISE_AT_ONCE):
+                encoded = tokenizer(
+                    [text + between for text in pairs["first"][start : start + TOKENISE_AT_ONCE]],
+                    pairs["second"][start : start + TOKENISE_AT_ONCE],
+                    truncation="longest_first",
+                    max_length=config.max_length,
+                    return_token_type_ids=True,
+                    return_attention_mask=False,
+                )
+                ids += (np.array(row or [pad_id], np.int32) for row in encoded["input_ids"])
+                types += (np.array(row or [0], np.int8) for row in encoded["token_type_ids"])
+            input_ids, offsets = flat(ids)
             return {"input_ids": input_ids, "offsets": offsets, "types": flat(types, np.int8)[0]}
 
         inputs = [self.name, config.max_length, pairs["first"], pairs["second"]]

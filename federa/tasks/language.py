@@ -68,12 +68,8 @@ class CausalLM(Task):
             [self.name, config.max_length, template, tokenizer.special_tokens_map, conversations],
             lambda: _tokenise(conversations, tokenizer, config.max_length),
         )
-        targets = np.where(arrays.pop("answers") > 0, arrays["input_ids"], IGNORED).astype(np.int32)
-        targets[arrays["offsets"][:-1]] = IGNORED  # nothing stands before a text's first token to predict it from
         rows, truth = np.arange(len(texts)), [turns[-1]["content"] for turns in conversations]
-        return Examples(
-            **arrays, labels=texts.labels, pad_id=pad_id_of(tokenizer), targets=targets, rows=rows, truth=truth
-        )
+        return Examples(**arrays, labels=texts.labels, pad_id=pad_id_of(tokenizer), rows=rows, truth=truth)
 
     def losses(self, model: Any, batch: Batch) -> torch.Tensor:
         return _losses(*_answers(model, batch))
@@ -129,8 +125,8 @@ def _losses(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
 
 
 def _tokenise(conversations: list[list[dict[str, str]]], tokenizer: Any, max_length: int) -> dict[str, np.ndarray]:
-    """input_ids, offsets, and answers: 1 for the tokens of the answer."""
-    ids, answers = [], []
+    """input_ids, offsets, and targets: the tokens of the answer."""
+    ids, targets = [], []
     for start in range(0, len(conversations), TOKENISE_AT_ONCE):
         pairs = [_split(turns, tokenizer) for turns in conversations[start : start + TOKENISE_AT_ONCE]]
         sides = zip(*pairs, strict=True)
@@ -138,10 +134,11 @@ def _tokenise(conversations: list[list[dict[str, str]]], tokenizer: Any, max_len
         for prompt, answer in zip(*encoded, strict=True):
             answer = answer[: max_length - 1]
             prompt = prompt[-(max_length - len(answer)) :]
-            ids.append(prompt + answer)
-            answers.append([0] * len(prompt) + [1] * len(answer))
+            ids.append(np.array(prompt + answer, np.int32))
+            targets.append(np.array([IGNORED] * len(prompt) + answer, np.int32))
+            targets[-1][:1] = IGNORED  # nothing stands before a text's first token to predict it from
     input_ids, offsets = flat(ids)
-    return {"input_ids": input_ids, "offsets": offsets, "answers": flat(answers, np.int8)[0]}
+    return {"input_ids": input_ids, "offsets": offsets, "targets": flat(targets)[0]}
 
 
 def _split(turns: list[dict[str, str]], tokenizer: Any) -> tuple[str, str]:

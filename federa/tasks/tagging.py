@@ -64,19 +64,11 @@ class TokenClassification(Task):
         arrays = cached(
             config.cache,
             tokenizer,
-            [self.name, config.max_length, sentences],
-            lambda: _tokenise(sentences, tokenizer, config.max_length),
+            [self.name, config.max_length, sentences, tags],
+            lambda: _tokenise(sentences, tags, tokenizer, config.max_length),
         )
-        # The cache knows which word a token is asked about; tags come and go with label sets.
-        words, starts = arrays.pop("words"), flat(tags)[1]
-        sentence = np.repeat(np.arange(len(texts)), np.diff(arrays["offsets"]))
-        asked = words >= 0
-        targets = np.full(len(words), IGNORED, np.int32)
-        targets[asked] = flat(tags)[0][(starts[sentence] + words)[asked]]
         truth, rows = texts.fields["names"], np.arange(len(texts))
-        return Examples(
-            **arrays, labels=texts.labels, pad_id=pad_id_of(tokenizer), targets=targets, rows=rows, truth=truth
-        )
+        return Examples(**arrays, labels=texts.labels, pad_id=pad_id_of(tokenizer), rows=rows, truth=truth)
 
     def losses(self, model: Any, batch: Batch) -> torch.Tensor:
         return _losses(model(**inputs_of(model, batch)).logits, batch["labels"])
@@ -136,24 +128,24 @@ def _with_tag_ids(rows: Rows, ids: dict[str, int]) -> Texts:
     return Texts(rows.texts, np.zeros(len(tags), np.int64), rows.clients, fields)
 
 
-def _tokenise(sentences: list[list[str]], tokenizer: Any, max_length: int) -> dict[str, np.ndarray]:
-    """input_ids, offsets and words: the word of its sentence that a token is the first piece of, else -1.
+def _tokenise(sentences: list[list[str]], tags: list[list[int]], tokenizer: Any, max_length: int) -> dict[str, Any]:
+    """input_ids, offsets and targets: a word's tag at its first piece.
 
     Words are joined by single spaces and found again by their characters, which every fast tokenizer tells.
     """
-    unknown, ids, words = tokenizer.unk_token or "?", [], []
+    unknown, ids, targets = tokenizer.unk_token or "?", [], []
     for start in range(0, len(sentences), TOKENISE_AT_ONCE):
-        part = sentences[start : start + TOKENISE_AT_ONCE]
-        for sentence, (row, first) in zip(part, _align(part, tokenizer, max_length), strict=True):
+        part, own = (rows[start : start + TOKENISE_AT_ONCE] for rows in (sentences, tags))
+        for sentence, asked, (row, first) in zip(part, own, _align(part, tokenizer, max_length), strict=True):
             if len(first) < len(sentence) and len(row) < max_length:  # words of characters that the tokenizer drops
                 whole = [word if index in first else unknown for index, word in enumerate(sentence)]
                 [(row, first)] = _align([whole], tokenizer, max_length)
-            position = np.full(len(row), -1, np.int32)
-            position[list(first.values())] = list(first)
-            ids.append(row)
-            words.append(position)
+            target = np.full(len(row), IGNORED, np.int32)
+            target[list(first.values())] = [asked[word] for word in first]
+            ids.append(np.array(row, np.int32))
+            targets.append(target)
     input_ids, offsets = flat(ids)
-    return {"input_ids": input_ids, "offsets": offsets, "words": np.concatenate(words)}
+    return {"input_ids": input_ids, "offsets": offsets, "targets": flat(targets)[0]}
 
 
 def _align(sentences: list[list[str]], tokenizer: Any, max_length: int) -> Iterator[tuple[list[int], dict[int, int]]]:

@@ -1,3 +1,6 @@
+import re
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -5,9 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from federa.data import (
+    IGNORED,
     Examples,
     Texts,
     cache_folder,
+    cached,
     length_grouped_batches,
     tokenise,
     validation_split,
@@ -91,7 +96,7 @@ def test_cache_hit_is_the_same_and_calls_no_tokenizer(tokenizer, tmp_path, monke
 def test_corrupt_cache_is_rebuilt(tokenizer, tmp_path, damage):
     from safetensors.numpy import save
 
-    first = tokenise(SOME, tokenizer, 8, str(tmp_path))
+    first = tokenise(SOME, tokenizer, 8, str(tmp_path)).take(range(3))  # a copy: the file is damaged under it
     [file] = tmp_path.iterdir()
     good = file.read_bytes()
     bad = {
@@ -103,6 +108,33 @@ def test_corrupt_cache_is_rebuilt(tokenizer, tmp_path, damage):
     file.write_bytes(bad[damage])
     assert equal(tokenise(SOME, tokenizer, 8, str(tmp_path)), first)
     assert [file.read_bytes()] == [good]
+
+
+def test_cached_tokens_stay_on_disk(tokenizer, tmp_path):
+    """64 MiB of tokens, all of them read, take no memory of the process's own."""
+    offsets = np.arange(0, 2**24 + 1, 64)
+
+    def load() -> Examples:
+        arrays = cached(str(tmp_path), tokenizer, [1], lambda: {"input_ids": ids(), "offsets": offsets})
+        return Examples(**arrays, labels=np.zeros(len(offsets) - 1, np.int64), pad_id=0)
+
+    def ids() -> np.ndarray:
+        return np.arange(2**24, dtype=np.int32)
+
+    def own() -> int:
+        return int(re.search(r"RssAnon:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
+
+    if not Path("/proc/self/status").is_file():
+        pytest.skip("no /proc/self/status")
+    load()
+    before = own()
+    examples = load().part(np.arange(2**18)[::-2])
+    assert examples.units.sum() == 2**17 and examples.lengths.sum() == 2**23
+    total = sum(int(piece.sum()) for piece in examples.pieces())
+    assert own() - before < 24 * 2**20
+    assert not examples.input_ids.flags.writeable
+    kept = np.arange(2**24).reshape(-1, 64)[1::2]
+    assert total == kept.sum() + np.arange(0, 2**23 + 1, 64).sum()
 
 
 def test_unwritable_cache_warns(tokenizer, tmp_path):
@@ -152,6 +184,30 @@ def test_batches_are_padded_to_their_own_longest():
     assert taken.input_ids.tolist() == [8, 9, 10, 5, 8, 9, 10]
     assert taken.offsets.tolist() == [0, 3, 4, 7]
     assert taken.labels.tolist() == [2, 1, 2]
+
+
+@given(cuts=st.lists(st.integers(1, 5), min_size=1, max_size=12), data=st.data())
+def test_a_part_is_what_its_copy_is(cuts, data):
+    """Tokens, everything beside them, batches and digest; also of a part of a part."""
+    rng, tokens, n = np.random.default_rng(len(cuts)), sum(cuts), len(cuts)
+    examples = Examples(
+        np.arange(tokens, dtype=np.int32), np.concatenate([[0], np.cumsum(cuts)]), rng.integers(0, 3, n), pad_id=7,
+        targets=rng.choice([IGNORED, 1, 2], tokens).astype(np.int32), types=rng.integers(0, 2, tokens).astype(np.int8),
+        spans=rng.integers(0, 9, (tokens, 2)).astype(np.int32), rows=np.arange(n) // 2,
+    )  # fmt: skip
+    some = data.draw(st.lists(st.integers(0, n - 1), min_size=1))
+    fewer = data.draw(st.lists(st.integers(0, len(some) - 1)))
+    for part, copy in (
+        (examples.part(some), examples.take(some)),
+        (examples.part(some).part(fewer), examples.take(some).take(fewer)),
+        (examples.part(some).take(fewer).part(np.arange(len(fewer))), examples.take(some).take(fewer)),
+    ):
+        assert len(part) == len(copy) and part.lengths.tolist() == copy.lengths.tolist()
+        assert part.units.tolist() == copy.units.tolist() and part.rows.tolist() == copy.rows.tolist()
+        assert b"".join(p.tobytes() for p in part.pieces()) == b"".join(p.tobytes() for p in copy.pieces())
+        for name, tensor in part.batch(np.arange(len(part))).items():
+            assert tensor.equal(copy.batch(np.arange(len(copy)))[name])
+    assert examples.part(some).input_ids is examples.input_ids
 
 
 @settings(max_examples=50)

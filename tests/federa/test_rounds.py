@@ -223,6 +223,21 @@ def test_predictions_do_not_depend_on_the_batch_size(usual):
     assert np.allclose(*features, atol=1e-5) and features[0].shape == (48, 32)
 
 
+def test_evaluation_takes_the_longest_first_without_padding_or_gradients(usual):
+    """What the encoder's first layer sees: all real tokens of a batch, in inference mode, and never more of them."""
+    experiment, seen = usual[0], []
+    model, lengths = experiment.learner.model, np.sort(experiment.test.lengths)[::-1]
+
+    def look(layer, args):
+        seen.append((args[0].shape[:2], torch.is_inference_mode_enabled(), layer.training))
+
+    handle = model.get_submodule("bert.encoder.layer.0").register_forward_pre_hook(look)
+    predict(model.train(), experiment.test, 20, experiment.learner.device)
+    handle.remove()
+    assert seen == [((1, lengths[first : first + 20].sum()), True, False) for first in (0, 20, 40)]
+    assert model.training and len(set(lengths)) > 1
+
+
 def test_the_watch_is_told_in_order(go):
     told = []
     _, _, records, _ = go(watch=lambda event, facts: told.append((event, facts["round"], facts.get("client"))))

@@ -1,0 +1,105 @@
+"""Attention within each of many examples whose tokens stand one after another, without padding."""
+
+from collections.abc import Sequence
+from itertools import accumulate, groupby
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from ._checks import check_shape, failure
+from ._extension import load_extension
+
+
+def _heads(tensor: Tensor) -> tuple[int, int, int]:
+    return tensor.data_ptr(), tensor.stride(0), tensor.stride(1)
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    return tensor if tensor.stride(2) == 1 else tensor.contiguous()
+
+
+class _PackedAttention(torch.autograd.Function):
+    """On tile units; keeps q, k, v, the result and 8 bytes a row and head."""
+
+    @staticmethod
+    def forward(ctx, query, key, value, offsets, scaling):
+        query, key, value = map(_rows, (query, key, value))
+        M, H, D = query.shape
+        out, softmax = query.new_empty(M, H, D), query.new_empty((2, H, M), dtype=torch.float32)
+        ctx.shape = (len(offsets) - 1, H, D, scaling)
+        load_extension().attention_forward(
+            *((offsets.data_ptr(), *ctx.shape), *map(_heads, (query, key, value, out))),
+            *(softmax.data_ptr(), torch.get_num_threads()),
+        )
+        ctx.save_for_backward(query, key, value, out, softmax, offsets)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d_out):
+        """dv = p^T do    ds = p * (do v^T - (do * o) 1)    dq = scaling ds k    dk = scaling ds^T q"""
+        query, key, value, out, softmax, offsets = ctx.saved_tensors
+        d_out = _rows(d_out)
+        grads = [query.new_empty(query.shape) for _ in range(3)]
+        load_extension().attention_backward(
+            *((offsets.data_ptr(), *ctx.shape), *map(_heads, (query, key, value, out)), softmax.data_ptr()),
+            *(*map(_heads, (d_out, *grads)), torch.get_num_threads()),
+        )
+        return *grads, None, None
+
+
+def _on_tiles(query: Tensor, dropout: float) -> bool:
+    extension = load_extension()
+    return (
+        query.device.type == "cpu"
+        and query.dtype == torch.bfloat16
+        and dropout == 0
+        and hasattr(extension, "attention_available")
+        and extension.attention_available(query.shape[2])
+    )
+
+
+def _by_length(query: Tensor, key: Tensor, value: Tensor, lengths: Sequence[int], scaling: float, dropout: float):
+    """PyTorch's attention, neighbours of equal length together; 16-bit rows on a CPU in float32, where its backward
+    takes a third of the time."""
+    dtype = query.dtype
+    if query.device.type == "cpu" and dtype in (torch.bfloat16, torch.float16):
+        query, key, value = query.float(), key.float(), value.float()
+    groups = [(length, len(list(same))) for length, same in groupby(lengths)]
+    sizes = [length * count for length, count in groups]
+    parts = zip(*(tensor.split(sizes) for tensor in (query, key, value)), strict=True)
+    outputs = []
+    for (length, count), part in zip(groups, parts, strict=True):
+        q, k, v = (rows.unflatten(0, (count, length)).transpose(1, 2) for rows in part)
+        with torch.autocast(q.device.type, enabled=False):
+            out = nn.functional.scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=scaling)
+        outputs.append(out.transpose(1, 2).flatten(0, 1))
+    return torch.cat(outputs).to(dtype)
+
+
+def packed_attention(
+    query: Tensor, key: Tensor, value: Tensor, lengths: Sequence[int], scaling: float | None = None, dropout: float = 0
+) -> Tensor:
+    """softmax(scaling q k^T) v within each example, every token seeing all of its own example.
+
+    query    (M, H, D), and key and value alike: M tokens of all examples, H heads of size D
+    lengths  tokens of each example, in order, M together
+    scaling  D^(-1/2) by default
+    dropout  of the probabilities, drawn from torch's generator
+
+    Returns (M, H, D) in the dtype given. bfloat16 on a CPU with AMX takes a kernel for heads of 32 or 64
+    (csrc/cpu/attention.h): products in bfloat16, sums and softmax in float32, an example's bits the same in any company
+    and on any number of threads. Raises ValueError for shapes and lengths that do not fit.
+    """
+    check_shape("packed_attention", "query", query, M=None, H=None, D=None)
+    M, H, D = query.shape
+    for name, tensor in (("key", key), ("value", value)):
+        check_shape("packed_attention", name, tensor, M=M, H=H, D=D)
+    if min(lengths, default=0) < 0 or sum(lengths) != M:
+        raise ValueError(failure("packed_attention", "lengths", f"be at least 0 and sum to M = {M}", list(lengths)))
+    scaling = D**-0.5 if scaling is None else scaling
+    if not _on_tiles(query, dropout):
+        return _by_length(query, key, value, lengths, scaling, dropout)
+    offsets = torch.tensor([0, *accumulate(lengths)], dtype=torch.int64)
+    return _PackedAttention.apply(query, key, value, offsets, scaling)
