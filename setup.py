@@ -11,7 +11,7 @@ import shutil
 import subprocess
 from pathlib import Path
 
-from pybind11.setup_helpers import Pybind11Extension, build_ext
+from pybind11.setup_helpers import ParallelCompile, Pybind11Extension, build_ext
 from setuptools import setup
 
 CUDA = os.environ.get("FEDERA_CUDA") or "auto"
@@ -102,4 +102,5 @@ extension = Pybind11Extension(
     extra_compile_args=[] if os.name == "nt" else ["-O3"],
 )
 extension.optional = CUDA != "1"
+ParallelCompile().install()  # as many files at once as there are processors
 setup(ext_modules=[extension], cmdclass={"build_ext": BuildExtension})

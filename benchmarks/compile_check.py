@@ -5,7 +5,8 @@
 Triton kernels are compiled just as their launchers launch them, which run here on tensors without memory. By default in
 the tiles that a few usual layers get, most of them on Hopper; --all takes every tile with ranks 16, 64 and 128, for one
 adapter, many clients and shared inputs. Files of csrc/cuda are compiled where nvcc is found. It fails on a spill, on
-more shared memory than the GPU has, and on a half-precision product that runs off the tensor cores (on Hopper: HGMMA).
+more shared memory than the GPU has, and on a half-precision product that runs off the tensor cores (on Hopper: HGMMA
+from Triton, HMMA from csrc/cuda).
 """
 
 import argparse
@@ -40,6 +41,7 @@ ARCHS = (80, 90, 100)
 CONSUMER = 89  # stands for the GPUs that get the safe tiles
 SHARED_LIMIT = {80: 166_912, 89: 101_376, 90: 232_448, 100: 232_448}  # bytes a program may have
 TENSOR_CORES = {80: "HMMA", 89: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}  # the last is how SASS writes tcgen05.mma
+PRODUCTS = re.compile(r"\b(down|gemm|columns)_kernel<")  # of csrc/cuda, in mma.sync on every GPU
 MMA = re.compile(r"\b(HMMA|HGMMA|UTC\w*MMA)\b")
 POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int32: "*i32"}
 
@@ -125,6 +127,8 @@ class Compiled:
             found.append(f"wants {self.shared} bytes of shared memory, there are {SHARED_LIMIT[self.arch]}")
         if self.kernel == "_gemm_kernel" and "fp32" not in self.case and not self.mma.get(TENSOR_CORES[self.arch]):
             found.append(f"has no {TENSOR_CORES[self.arch]}")
+        if PRODUCTS.match(self.kernel) and not self.mma.get("HMMA"):
+            found.append("has no HMMA")
         return found
 
 
@@ -216,8 +220,18 @@ def compile_cuda(folder: Path) -> Iterator[Compiled]:
             cubin = folder / f"{source.stem}.cubin"
             options = ["-std=c++17", "-O3", f"-I{ROOT / 'csrc'}", f"-arch=sm_{arch}{'a' * (arch >= 90)}"]
             subprocess.run([nvcc, "-cubin", *options, "-o", cubin, source], check=True)
-            for name, registers, spills, shared, mma in read_cubin(cubin):
-                yield Compiled(name, "", source.name, arch, registers, spills, shared, mma)
+            for mangled, registers, spills, shared, mma in read_cubin(cubin):
+                name, dynamic = readable(mangled)
+                yield Compiled(name, "", source.name, arch, registers, spills, shared + dynamic, mma)
+
+
+def readable(mangled: str) -> tuple[str, int]:
+    """A kernel's name without namespaces and arguments; the dynamic shared memory that its last constant says."""
+    done = subprocess.run(["c++filt", mangled], capture_output=True, text=True, check=True).stdout.strip()
+    name = re.sub(r"\w+::|\(anonymous namespace\)::|^void |\b__(?:nv_)?", "", done).replace("> >", ">>")
+    name = re.sub(r"\([^()]*\)$", "", name)
+    dynamic = re.search(r"[< ](\d+)>$", name)
+    return name, int(dynamic[1]) if dynamic else 0
 
 
 HEADER = f"{'kernel':14} {'sm':>3} {'regs':>4} {'spill':>5} {'shared':>7}  {'tensor cores':24} tile | case"

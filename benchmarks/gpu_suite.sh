@@ -49,7 +49,7 @@ skip() {
 
 step device 20 "$python" -c 'import torch, triton; print(torch.__version__, triton.__version__, torch.cuda.get_device_name())'
 if command -v nvcc > /dev/null && "$python" -c "import pybind11" 2> /dev/null; then
-  step build 45 "$python" setup.py build_ext --inplace
+  step build 50 "$python" setup.py build_ext --inplace
 else
   skip build "nvcc or pybind11 is not installed; Triton needs neither"
 fi

@@ -7,7 +7,7 @@ fwd is the layer, bwd the gradient of x and, where there is an adapter, of A and
 import argparse
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +28,8 @@ from benchmarks.harness import (
     run,
 )
 from federa_kernels import FrozenWeight, lora_linear
-from federa_kernels.lora_linear import path_for, reference
+from federa_kernels.lora_linear import mma, path_for, reference
+from federa_kernels.lora_linear.op import launchers
 
 SUBJECT = "lora_linear"
 SCALING = 0.5
@@ -126,12 +127,14 @@ class Layer(NamedTuple):
 
 
 class Provider(NamedTuple):
-    """`weight` is the frozen weight's dtype where that is not the rows' own; `on` the kinds of case it is for."""
+    """`weight` is the frozen weight's dtype where that is not the rows' own; `on` the kinds of case it is for;
+    `kernels` what `lora_linear` runs on a GPU."""
 
     build: Callable[[Problem], Layer]
     adapter: bool = True
     weight: str | None = None
     on: Sequence[str] = ("fp32-cpu", "bf16-cpu", "fp32-cuda", "bf16-cuda")
+    kernels: str = "triton"
 
 
 def _adapter(problem: Problem, dtype: torch.dtype) -> list[Tensor]:
@@ -234,6 +237,7 @@ PROVIDERS = {
     "peft fp32 adapter": Provider(functools.partial(peft, **fp32_adapter), on=["bf16-cuda"]),
     "addmm": Provider(addmm),
     "ours": Provider(ours),
+    "ours CUDA C++": Provider(ours, on=["bf16-cuda"], kernels="mma"),
     "ours bf16 residual": Provider(bf16_residual, True, "bf16", ["fp32-cpu"]),
     "packed frozen": Provider(functools.partial(ours, adapter=False), False, None, ["fp32-cpu", "bf16-cpu"]),
     "packed frozen bf16": Provider(functools.partial(bf16_residual, adapter=False), False, "bf16", ["fp32-cpu"]),
@@ -270,12 +274,25 @@ def contender(
     judge: Callable[[dict[str, Tensor]], Judgement],
     first: Slot,
     floor: Mapping[str, float],
+    kernels: str = "triton",
 ) -> Contender:
     """fwd and bwd of a layer, or of copies of it in turn."""
 
+    def chosen(phase: Callable) -> Callable:
+        def call(argument: Any) -> Any:
+            launchers().use_kernels(kernels)
+            try:
+                return phase(argument)
+            finally:
+                launchers().use_kernels("triton")
+
+        return phase if kernels == "triton" else call
+
+    @chosen
     def fwd(slot: Slot) -> tuple[Tensor, Slot]:
         return layers[slot.number % len(layers)].call(slot.x), slot
 
+    @chosen
     def bwd(state: tuple[Tensor, Slot]) -> tuple[Tensor, ...]:
         y, slot = state
         return torch.autograd.grad(y, [slot.x, *layers[slot.number % len(layers)].parameters], slot.dy)
@@ -296,12 +313,15 @@ def run_case(case: Case, ceiling: Ceilings, environment: dict, options: argparse
     def build(provider: Provider) -> Contender:
         layers = [provider.build(problem) for _ in sets[: MOST_LAYERS if cuda else 1]]
         judge = functools.partial(problem.judge, adapter=provider.adapter)
-        return contender(layers, judge, sets[0], floor(case, ceiling, provider.adapter, provider.weight))
+        bound = floor(case, ceiling, provider.adapter, provider.weight)
+        return contender(layers, judge, sets[0], bound, provider.kernels)
 
     kind = f"{case.dtype}-{options.device}"
     chosen = {name: functools.partial(build, provider) for name, provider in PROVIDERS.items() if kind in provider.on}
     if not options.compile:
         chosen.pop("reference compiled")
+    if mma.why_not():
+        chosen.pop("ours CUDA C++", None)
     return measure(SUBJECT, case, chosen, sets, environment, options)
 
 

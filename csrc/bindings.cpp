@@ -13,6 +13,8 @@
 #include "cpu/tiles.h"
 #include "cpu/truncated_svd.h"
 #include "cuda/devices.h"
+#include "cuda/lora_linear_mma.h"
+#include "cuda/truncated_svd.h"
 
 namespace py = pybind11;
 using namespace py::literals;
@@ -234,6 +236,20 @@ py::list truncated_svd(const py::list& list, int threads) {
     return results;
 }
 
+#ifndef FEDERA_CUDA_MISSING
+void cholesky_qr(bool wide, Index G, Index K, Index b, Address Y, Index Y_batch, Index Y_row, Address Q, Index Q_batch,
+                 Index Q_row, Address noise, Address R, Index R_batch, Address work, Address stream) {
+    const auto at = [](Address address) { return reinterpret_cast<void*>(address); };
+    federa::cholesky_qr(wide, G, K, b, {at(Y), Y_batch, Y_row}, {at(Q), Q_batch, Q_row}, at(noise),
+                        static_cast<double*>(at(R)), R_batch, static_cast<double*>(at(work)), at(stream));
+}
+
+void symmetric_eigenpairs(Index G, Index n, Address H, Address values, Address vectors, Address stream) {
+    federa::symmetric_eigenpairs(G, n, reinterpret_cast<const double*>(H), reinterpret_cast<double*>(values),
+                                 reinterpret_cast<double*>(vectors), reinterpret_cast<void*>(stream));
+}
+#endif
+
 }  // namespace
 
 PYBIND11_MODULE(_C, module) {
@@ -254,5 +270,14 @@ PYBIND11_MODULE(_C, module) {
     module.def("attention_backward", &attention_backward);
     module.def("truncated_svd", &truncated_svd);
     module.def("has_tiles", &federa::tiles_available, "whether this processor and operating system have tile units (AMX)");
+#ifndef FEDERA_CUDA_MISSING
+    module.def("lora_linear_mma", [](const std::string& kernel, Address arguments, std::size_t bytes, Address stream) {
+        federa::mma_kernels::run(kernel.c_str(), reinterpret_cast<const void*>(arguments), bytes,
+                                 reinterpret_cast<void*>(stream));
+    });
+    module.def("cholesky_qr", &cholesky_qr, "of panels on a GPU, on a stream; Y = Q R");
+    module.def("cholesky_qr_work", &federa::cholesky_qr_work, "float64 entries that cholesky_qr needs beside them");
+    module.def("symmetric_eigenpairs", &symmetric_eigenpairs, "of small matrices on a GPU, on a stream");
+#endif
     module.def("cuda_devices", &cuda_devices, "[{name, capability, memory in bytes}], or the driver's error as text");
 }

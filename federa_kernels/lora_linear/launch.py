@@ -1,4 +1,5 @@
-"""What launches the kernels of triton_kernels.py: outputs allocated, tiles picked, grids laid."""
+"""What launches the kernels of triton_kernels.py, or those in CUDA C++ that take their place: outputs allocated, tiles
+picked, grids laid."""
 
 import functools
 from collections.abc import Sequence
@@ -9,8 +10,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .._checks import failure
+from . import mma
 from .reference import rank_columns
-from .tiles import Tile, Tiles, pick_tiles
+from .tiles import Tile, Tiles, pick_mma_tiles, pick_tiles
 from .triton_kernels import _dA_kernel, _down_kernel, _dy_kernel, _gemm_kernel, _sum_kernel
 
 MAX_RANK = 128
@@ -48,6 +51,31 @@ def takes(rows: Tensor, rank: int) -> bool:
     return rows.dtype in DTYPES and 1 <= rank <= MAX_RANK and _arch(rows.device) >= 80
 
 
+_kernels = "triton"
+
+
+def kernels_for(rows: torch.dtype) -> str:
+    """Which kernels take rows of this dtype: "triton" or "mma"."""
+    return "mma" if _kernels == "mma" and rows in mma.DTYPES else "triton"
+
+
+def use_kernels(name: str) -> None:
+    """For tests and measurements: "mma" takes the CUDA C++ kernels (csrc/cuda/lora_linear_mma.h) for bfloat16 and
+    float16 rows, "triton" is the default. Raises RuntimeError where they are not in this build."""
+    global _kernels
+    if name not in ("triton", "mma"):
+        raise ValueError(failure("use_kernels", "name", "be triton or mma", name))
+    if name == "mma" and (missing := mma.why_not()):
+        raise RuntimeError(missing)
+    _kernels = name
+
+
+def _pick(M: int, N: int, K: int, R: int, dtype: torch.dtype, arch: int, clients: bool = False) -> Tiles:
+    if kernels_for(dtype) == "mma":
+        return pick_mma_tiles(M, N, K, R, arch)
+    return pick_tiles(M, N, K, R, dtype, arch, clients)
+
+
 def _contiguous_rows(t: Tensor | None) -> Tensor | None:
     return t if t is None or t.stride(1) == 1 else t.contiguous()
 
@@ -66,12 +94,17 @@ def _clients(offsets: Tensor | None) -> int:
 
 def _launch(kernel: Any, grid: tuple[int, ...], tile: Tile, *arguments: Any, **constants: Any) -> None:
     with torch.cuda.device_of(arguments[0]):
+        if tile.mma:
+            mma.launch(kernel.__name__, tile, arguments, constants)
+            return
         kernel[grid](*arguments, **constants, num_warps=tile.warps, num_stages=tile.stages, **OPTIONS)
 
 
 def _down(x: Tensor, lora_A: Tensor, segments: Segmented, tiles: Tiles, scaling: float = 1.0) -> Tensor:
     """s x A^T in parts (splits, M, R) float32."""
     (M, K), R, tile = x.shape, lora_A.shape[-2], tiles.down
+    if tile.mma:  # which copies rows of 16 bytes at a time as they are, and others slowly
+        lora_A = lora_A.to(x.dtype)
     steps = _blocks(_blocks(K, tiles.splits), tile.BK)
     splits = _blocks(K, steps * tile.BK)
     parts = x.new_empty((splits, M, R), dtype=torch.float32)
@@ -147,7 +180,7 @@ def launch_lora_linear_clients_fwd(
 def _forward(x, weight, lora_A, lora_B, bias, scaling, segments, tiles):
     (M, K), N, R = x.shape, weight.shape[0], lora_A.shape[-2]
     clients = segments is not ONE
-    tiles = tiles or pick_tiles(M, N, K, R, x.dtype, _arch(x.device), clients)
+    tiles = tiles or _pick(M, N, K, R, x.dtype, _arch(x.device), clients)
     x, y, h = _contiguous_rows(x), x.new_empty((M, N)), x.new_empty((M, R))
     on_the_fly = tiles.on_the_fly and not clients and R <= 16
     down = lora_A.contiguous()[None] if on_the_fly else _down(x, lora_A, (segments[0], None, segments[2]), tiles)
@@ -174,7 +207,7 @@ def launch_lora_linear_shared_fwd(
         lora_A = torch.cat(list(lora_As[group.start : group.stop]))
         own = rank_columns(lora_As[group.start : group.stop])
         for p, of_group in zip(group, own, strict=True):
-            picked = tiles or pick_tiles(M, weights[p].shape[0], K, lora_A.shape[0], x.dtype, arch)
+            picked = tiles or _pick(M, weights[p].shape[0], K, lora_A.shape[0], x.dtype, arch)
             if p == group.start:
                 parts = _down(x, lora_A, ONE, picked)
             term = _Term(x, weights[p].t(), parts[:, :, of_group], lora_Bs[p].t(), scalings[p])
@@ -259,8 +292,8 @@ def _backward(dys, x, h, weights, lora_As, lora_Bs, scalings, segments, bias, ne
     N, R = [weight.shape[0] for weight in weights], [lora_A.shape[-2] for lora_A in lora_As]
     need_x, need_A, need_B, need_b = needs[0], any(needs[2::4]), needs[3::4], needs[4::4]
     target = (first.dtype, _arch(first.device), segments is not ONE)
-    over_dys = [tiles or pick_tiles(M, K, n, r, *target) for n, r in zip(N, R, strict=True)]
-    tiles = tiles or pick_tiles(M, K, sum(N), sum(R), *target)
+    over_dys = [tiles or _pick(M, K, n, r, *target) for n, r in zip(N, R, strict=True)]
+    tiles = tiles or _pick(M, K, sum(N), sum(R), *target)
     sizes = [need_A * sum(R) * K, *(need * n * r for need, n, r in zip(need_B, N, R, strict=True))]
     sizes += [need * n for need, n in zip(need_b, N, strict=True)]
     count = max(1, _blocks(M, tiles.chunk)) + C - 1
@@ -322,7 +355,7 @@ def _over_x(x, dh, dA_pieces, offsets, tiles):
 
 def _sum(pieces, sizes, offsets, M, tiles):
     """(C size) of each size in turn: every client's gradients, from their pieces."""
-    C, (count, size), tile = _clients(offsets), pieces.shape, Tile(1, 1024, 0, 4, 1)
+    C, (count, size), tile = _clients(offsets), pieces.shape, Tile(1, 1024, 0, 4, 1, tiles.gemm.mma)
     if (offsets is None and count == 1) or size == 0:
         return pieces.view(-1)
     sums = pieces.new_empty(C * size)

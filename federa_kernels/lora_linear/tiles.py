@@ -1,4 +1,4 @@
-"""How the Triton kernels cut a problem into tiles: a pure function of sizes, dtype and GPU generation.
+"""How the GPU kernels cut a problem into tiles: a pure function of sizes, dtype and GPU generation.
 
 Chosen so that nothing spills (`python -m benchmarks compile_check`); not timed.
 """
@@ -10,13 +10,15 @@ import torch
 
 @dataclass(frozen=True)
 class Tile:
-    """One program's share: BM rows, BN columns, BK of the summed dimension a step; warps, pipeline stages."""
+    """One program's share: BM rows, BN columns, BK of the summed dimension a step; warps, pipeline stages. mma: of the
+    kernels in CUDA C++, not in Triton."""
 
     BM: int
     BN: int
     BK: int
     warps: int
     stages: int
+    mma: bool = False
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,10 @@ GEMM = {
 SAFE_GEMM = (Tile(64, 64, 32, 4, 3),)
 FLOAT32_GEMM = (Tile(64, 64, 16, 8, 2), Tile(32, 32, 16, 4, 2))  # no tensor cores, operands in registers
 FLOAT32_DOWN, FLOAT32_GRAD = Tile(32, 0, 32, 4, 2), Tile(32, 32, 0, 4, 2)
+# Those that csrc/cuda/lora_linear_mma.cu has, for every GPU from sm_80 on.
+MMA_GEMM = (Tile(128, 128, 32, 4, 4, True), Tile(64, 64, 32, 4, 4, True))
+MMA_DOWN = Tile(64, 0, 64, 4, 4, True)
+MMA_GRAD, MMA_WIDE_GRAD = Tile(64, 256, 0, 4, 2, True), Tile(64, 128, 0, 4, 2, True)
 MULTIPROCESSORS = {80: 108, 90: 132, 100: 148}
 GENERATIONS = {80: 80, 90: 90, 100: 100, 103: 100}  # others, consumer GPUs among them, have less shared memory
 
@@ -75,13 +81,28 @@ def pick_tiles(M: int, N: int, K: int, R: int, dtype: torch.dtype, arch: int, cl
     down = FLOAT32_DOWN if full else Tile(64, 0, 64 if generation else 32, 8 if wide else 4, 4)
     slab = 256 if generation == 90 and not wide else 128
     grad = FLOAT32_GRAD if full else Tile(64, slab, 0, 8, 3)
-    # Two programs a multiprocessor keep enough loads in flight; parts of fewer than 256 columns or rows do not pay.
-    splits = min(max(1, 2 * programs // _tiles(M, down.BM)), max(1, K // 256), 4)
-    chunks = min(max(1, 2 * programs // _tiles(min(N, K), grad.BN)), max(1, M // 256))
-    chunk = _tiles(_tiles(M, chunks), grad.BM) * grad.BM
+    splits, chunk = _parts(M, N, K, programs, down, grad)
     one_pass = not full and not wide and generation in (90, 100)
     on_the_fly = not full and R <= 16 and N * K <= 2**20
     return Tiles(gemm, down, grad, splits, one_pass, chunk, on_the_fly)
+
+
+def pick_mma_tiles(M: int, N: int, K: int, R: int, arch: int) -> Tiles:
+    """The same for the kernels in CUDA C++, which take bfloat16 and float16."""
+    programs, wide = MULTIPROCESSORS.get(GENERATIONS.get(arch), 64), R > 32
+    large, small = MMA_GEMM
+    gemm = large if _tiles(M, large.BM) * _tiles(N, large.BN) >= programs else small
+    grad = MMA_WIDE_GRAD if wide else MMA_GRAD
+    splits, chunk = _parts(M, N, K, programs, MMA_DOWN, grad)
+    return Tiles(gemm, MMA_DOWN, grad, splits, one_pass=not wide, chunk=chunk, on_the_fly=False)
+
+
+def _parts(M: int, N: int, K: int, programs: int, down: Tile, grad: Tile) -> tuple[int, int]:
+    """Splits and chunk: two programs a multiprocessor keep enough loads in flight; parts of fewer than 256 columns or
+    rows do not pay."""
+    splits = min(max(1, 2 * programs // _tiles(M, down.BM)), max(1, K // 256), 4)
+    chunks = min(max(1, 2 * programs // _tiles(min(N, K), grad.BN)), max(1, M // 256))
+    return splits, _tiles(_tiles(M, chunks), grad.BM) * grad.BM
 
 
 def _tiles(size: int, tile: int) -> int:

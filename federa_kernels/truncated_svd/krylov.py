@@ -73,7 +73,7 @@ def energy_bound(theta: Tensor, coupling: Tensor, following: Tensor) -> Tensor:
     gap = (theta - following[:, None]).clamp(min=torch.finfo(theta.dtype).tiny)
     lost = torch.minimum(coupling, coupling.square() / gap).sum(-1)
     captured = theta.sum(-1)
-    return torch.where(captured > 0, lost / captured, 0.0)
+    return (lost / captured).masked_fill(~(captured > 0), 0.0)
 
 
 def product_bound(theta: Tensor, coupling: Tensor, following: Tensor) -> Tensor:

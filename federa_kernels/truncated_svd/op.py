@@ -2,14 +2,16 @@
 
 import contextlib
 import warnings
-from collections.abc import Hashable, Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .._checks import check_float, check_rank, check_shape, failure
-from .single import METHODS, Options, Outcome, Prepared, batch_of, by_batch, factor, prepare, smallest
+from . import batched, exact
+from .single import METHODS, Options, Outcome, Prepared, by_threads, factor, in_threads, prepare, smallest
 
 
 class TruncatedSVD(NamedTuple):
@@ -67,11 +69,32 @@ def full_precision() -> Iterator[None]:
         torch.set_float32_matmul_precision(precision)
 
 
+def _by_batches(matrices: Sequence[Tensor], rank: int, options: Options) -> dict[int, TruncatedSVD]:
+    """What a GPU finds and certifies, by the number of the matrix; all others are factored one by one."""
+    groups, results = defaultdict(list), {}
+    if options.method in ("auto", "krylov") and not options.reproducible:
+        for index, matrix in enumerate(matrices):
+            if batched.takes(matrix, rank):
+                groups[matrix.device, matrix.dtype, *sorted(matrix.shape)].append(index)
+    goal = options.tol * (0.1 if options.verify else 1.0)  # so that what is lost does not look like a missing value
+    for indices in groups.values():
+        most = batched.most(matrices[indices[0]], rank)
+        for some in (indices[i : i + most] for i in range(0, len(indices), most)):
+            with torch.cuda.device_of(matrices[some[0]]):
+                found = batched.factor([matrices[index].detach() for index in some], rank, goal)
+            for index, factors in zip(some, found, strict=True):
+                A = matrices[index]
+                tall = A if A.shape[0] >= A.shape[1] else A.mT
+                if factors and not (options.verify and not exact.none_is_missing(tall, factors[1], options.tol)):
+                    results[index] = TruncatedSVD(*factors)
+    return results
+
+
 @full_precision()
 def _factor_all(matrices: Sequence[Tensor], rank: int, options: Options) -> list[TruncatedSVD]:
     _check(matrices, rank)
-    results: dict[int, TruncatedSVD] = {}
-    waiting: dict[Hashable, dict[int, Prepared]] = {}
+    results = _by_batches(matrices, rank, options)
+    waiting: dict[int, Prepared] = {}
 
     def put(index: int, outcome: Outcome) -> None:
         if options.reproducible and rank < min(matrices[index].shape) and outcome.gap < 1e-9:
@@ -82,24 +105,25 @@ def _factor_all(matrices: Sequence[Tensor], rank: int, options: Options) -> list
             )
         results[index] = _result(outcome, matrices[index].device)
 
-    def work_off(batch: dict[int, Prepared]) -> None:
-        for (index, prepared), outcome in zip(batch.items(), by_batch([*batch.values()], rank, options), strict=True):
+    def work_off() -> None:
+        for (index, prepared), outcome in zip(
+            waiting.items(), by_threads([*waiting.values()], rank, options), strict=True
+        ):
             put(index, outcome or factor(prepared, rank, options))
-        batch.clear()
+        waiting.clear()
 
     for index, matrix in enumerate(matrices):
+        if index in results:
+            continue
         prepared = prepare(matrix, options, index)
-        if (kind := batch_of(prepared, rank, options)) is None:
+        if not in_threads(prepared, rank, options):
             put(index, factor(prepared, rank, options))
             continue
-        key, most = kind
-        batch = waiting.setdefault(key, {})
-        batch[index] = prepared
-        if len(batch) >= most:
-            work_off(batch)
-    for batch in waiting.values():
-        if batch:
-            work_off(batch)
+        waiting[index] = prepared
+        if len(waiting) >= 4 * torch.get_num_threads():  # more would hold more copies of 16-bit matrices than help
+            work_off()
+    if waiting:
+        work_off()
     return [results[index] for index in range(len(matrices))]
 
 
@@ -122,7 +146,8 @@ def truncated_svd(
     tol           the energy that may be lost, as a part of what the best rank-R matrix captures
     method        full    LAPACK gesdd, or cuSOLVER on a GPU
                   gram    eigenvectors of the smaller of A^T A and A A^T
-                  krylov  block Lanczos on it (arXiv 1504.05477), stopped by a bound on the loss
+                  krylov  block Lanczos on it (arXiv 1504.05477), stopped by a bound on the loss; on a GPU whole batches
+                          in a fixed number of steps, then the bound
                   auto    the one that measures fastest for the shape and rank
     reproducible  iterate, in float64, until U S V^T is within 1e-4 of what any device, thread count and seed gives;
                   warns, naming the gap, where singular values R and R + 1 are tied and no such product exists
@@ -134,7 +159,8 @@ def truncated_svd(
     probability below (0.8 d)^b; a run that converges amplifies d = 1e-6, b = 4 enough to be seen, so below 1e-24 for
     each. More than b equal singular values are looked for when b are found. `verify` leaves nothing to chance.
 
-    No global randomness is used: a matrix gives the same bits alone and among others, for one number of threads.
+    No global randomness is used: a matrix gives the same bits alone and among others, for one number of threads; on a
+    GPU in any place of a batch of one size.
     Raises ValueError for shapes, the rank, options and entries that are not finite, TypeError for dtypes.
     """
     _check_options(tol, method)

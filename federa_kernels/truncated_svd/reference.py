@@ -9,8 +9,8 @@ from torch import Tensor
 
 def canonical_signs(U: Tensor, Vh: Tensor) -> tuple[Tensor, Tensor]:
     """Flip each pair (u, v) so that the entry of u largest in magnitude, the first among equals, is positive."""
-    sign = U.gather(0, U.abs().argmax(0, keepdim=True)).sign()
-    return (U * sign).contiguous(), (Vh * sign.t()).contiguous()
+    sign = U.gather(-2, U.abs().argmax(-2, keepdim=True)).sign()
+    return (U * sign).contiguous(), (Vh * sign.mT).contiguous()
 
 
 def residual(A: Tensor, U: Tensor, S: Tensor, Vh: Tensor) -> Tensor:

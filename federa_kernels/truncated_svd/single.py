@@ -1,13 +1,13 @@
 """One matrix from its checks to its triplets: scaling, choice of the method, certificate, fall-back, signs."""
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .._checks import failure
-from . import batched, cpu, exact, krylov
+from . import cpu, exact, krylov
 
 METHODS = ("auto", "full", "gram", "krylov")
 
@@ -103,7 +103,7 @@ def _tall(A: Tensor, rank: int, norm: float, options: Options) -> Outcome:
 
 
 class Prepared(NamedTuple):
-    """A matrix (N,K) of a batch, scaled, and what is needed to give its triplets back in its own terms."""
+    """A matrix (N,K), scaled, and what is needed to give its triplets back in its own terms."""
 
     scaled: Scaled
     dtype: torch.dtype
@@ -118,45 +118,24 @@ def prepare(matrix: Tensor, options: Options, index: int) -> Prepared:
     return Prepared(scaled(home, index, torch.float64 if double else torch.float32), dtype)
 
 
-def batch_of(prepared: Prepared, rank: int, options: Options) -> tuple[Hashable, int] | None:
-    """Which batch a matrix belongs to and how many that takes; None for one that is factored alone."""
+def in_threads(prepared: Prepared, rank: int, options: Options) -> bool:
+    """Whether C++ takes it, a matrix a thread."""
     A, norm, _ = prepared.scaled
-    gpu = A.device.type == "cuda"
-    if A.dtype != torch.float32 or norm == 0 or options.method not in ("auto", "krylov"):
-        return None
-    if not gpu and not (A.device.type == "cpu" and cpu.available()):
-        return None
-    if options.method == "auto" and pick(min(A.shape), rank, compiled=not gpu) != "krylov":
-        return None
-    if gpu:
-        return (A.device, A.shape), batched.most(*A.shape)
-    return A.device, 4 * torch.get_num_threads()  # more would hold more copies of 16-bit matrices than help
+    if A.device.type != "cpu" or A.dtype != torch.float32 or norm == 0 or options.method not in ("auto", "krylov"):
+        return False
+    return cpu.available() and (options.method == "krylov" or pick(min(A.shape), rank, compiled=True) == "krylov")
 
 
-def by_batch(batch: Sequence[Prepared], rank: int, options: Options) -> list[Outcome | None]:
-    """The outcomes of C++ or of a GPU, None where the certificate fails."""
+def by_threads(several: Sequence[Prepared], rank: int, options: Options) -> list[Outcome | None]:
+    """The outcomes of C++, None where the certificate fails."""
     goal = options.tol * (0.07 if options.verify else 0.7)  # so that what is lost does not look like a missing value
-    gpu = batch[0].scaled.A.device.type == "cuda"
-    results = (_on_gpu if gpu else cpu.krylov)([p.scaled[:2] for p in batch], rank, goal)
     outcomes = []
-    for each, found in zip(batch, results, strict=True):
+    for each, found in zip(several, cpu.krylov([p.scaled[:2] for p in several], rank, goal), strict=True):
         outcome = None
         if found and _certified(each.scaled.A, found.triplets, found.following, options):
             outcome = Outcome(found.triplets, found.matvecs, True, _gap(found.triplets, found.following))
         outcomes.append(outcome and _restored(outcome, each))
     return outcomes
-
-
-def _on_gpu(matrices: Sequence[tuple[Tensor, float]], rank: int, goal: float) -> list[cpu.Found | None]:
-    N, K = matrices[0][0].shape
-    A = torch.stack([A for A, _ in matrices])
-    norms = torch.tensor([norm for _, norm in matrices], dtype=torch.float64, device=A.device)
-    triplets, following, matvecs, sound = batched.leading(A if N >= K else A.mT, rank, norms, goal)
-    results = []
-    for g, trusted in enumerate(sound.tolist()):
-        found = triplets[g] if N >= K else _swapped(triplets[g])
-        results.append(cpu.Found(exact.signed(found), float(following[g]), int(matvecs[g])) if trusted else None)
-    return results
 
 
 def _swapped(found: exact.Triplets) -> exact.Triplets:

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -40,6 +41,19 @@ def row(**changes):
 )
 def test_a_tile_that_must_not_ship_is_named(changes, problem):
     assert row(**changes).problems() == [problem]
+
+
+@pytest.mark.skipif(shutil.which("c++filt") is None, reason="no c++filt, which comes with g++")
+def test_a_cuda_kernel_has_a_name_that_says_its_shared_memory():
+    mangled = "_ZN6federa11mma_kernels12_GLOBAL__N_111gemm_kernelINS1_7ProductI6__halfLi64ELb1EEELi40960EEEvNS0_4GemmE"
+    assert compile_check.readable(mangled) == ("gemm_kernel<Product<half, 64, true>, 40960>", 40960)
+    assert compile_check.readable("_ZN6federa10sum_kernelENS_3SumE") == ("sum_kernel", 0)
+    jacobi = "_ZN6federa12_GLOBAL__N_113jacobi_kernelILi149056EEEvPKdiPdS4_"
+    assert compile_check.readable(jacobi) == ("jacobi_kernel<149056>", 149056)
+    gram = "_ZN6federa12_GLOBAL__N_111gram_kernelILi3EfEEvNS0_5PanelIKT0_EEiiPd"
+    assert compile_check.readable(gram) == ("gram_kernel<3, float>", 0)
+    assert row(kernel="gemm_kernel<Product<half>, 8>", mma={"HGMMA": 1}).problems() == ["has no HMMA"]
+    assert not row(kernel="sum_kernel", mma={}).problems()
 
 
 def test_what_may_ship():

@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 
 from federa_kernels import TruncatedSVD, truncated_svd
 from federa_kernels.truncated_svd import cpu
-from federa_kernels.truncated_svd.single import _on_gpu
 
 SCALES = {torch.float32: 30, torch.float64: 30, torch.bfloat16: 30, torch.float16: 3}
 METHODS = ("auto", "full", "gram", "krylov")
@@ -99,16 +98,6 @@ def test_krylov_on_larger_matrices(N, K, kind):
         A = matrix_of(kind, N, K, seed / 3, seed).float()
         assert_promises(truncated_svd(A, 8, method="krylov"), A, 8)
         assert_promises(truncated_svd(A, 8, method="krylov", verify=True), A, 8)
-
-
-@pytest.mark.parametrize(("N", "K"), [(300, 200), (150, 260)])
-def test_the_batch_that_a_gpu_gets_on_a_cpu(N, K):
-    """`_on_gpu` takes any device: here it is right, a GPU makes it fast."""
-    several = [matrix_of(kind, N, K, 0.5, seed).float() for seed, kind in enumerate(("power", "clustered", "power"))]
-    results = _on_gpu([(A, float(A.norm())) for A in several], 8, 7e-7)
-    for A, found in zip(several, results, strict=True):
-        U, S, Vh, _, residual = found.triplets
-        assert_promises(TruncatedSVD(U, S, Vh, residual, found.matvecs, True), A, 8)
 
 
 @pytest.mark.gpu

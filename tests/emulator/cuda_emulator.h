@@ -1,0 +1,431 @@
+// Enough of CUDA on the CPU to run kernels' own sources in tests. A block's threads are fibres of one thread of the
+// machine: each runs until it waits for its warp or block, in an order that the test picks, so what lacks a barrier
+// gives other results in another order. Whatever a block shares is NaN when it starts, and so is the target of an
+// asynchronous copy until its thread has waited for it. A barrier or warp operation that not all reach throws.
+#pragma once
+
+#include <link.h>
+#include <ucontext.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <deque>
+#include <functional>
+#include <memory>
+#include <new>
+#include <random>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#ifdef __SANITIZE_ADDRESS__
+#include <sanitizer/common_interface_defs.h>
+#endif
+
+#define __global__
+#define __device__
+#define __host__
+#define __forceinline__ inline __attribute__((always_inline))
+#define __launch_bounds__(...)
+#define __grid_constant__
+#define __align__(bytes) alignas(bytes)
+// The test's library has no other thread-local variables, so this is how their memory is found to poison it.
+#define __shared__ static thread_local
+
+struct dim3 {
+    unsigned x, y, z;
+    constexpr dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
+};
+struct alignas(8) float2 {
+    float x, y;
+};
+struct alignas(16) float4 {
+    float x, y, z, w;
+};
+struct __attribute__((may_alias, aligned(16))) uint4 {
+    unsigned x, y, z, w;
+};
+using cudaStream_t = void*;
+
+using std::isfinite, std::max, std::min;
+
+inline dim3 threadIdx, blockIdx, blockDim, gridDim;
+constexpr int warpSize = 32;
+
+struct __nv_bfloat16 {
+    std::uint16_t bits;
+};
+struct __half {
+    _Float16 value;
+};
+
+inline float __bfloat162float(__nv_bfloat16 value) {
+    const std::uint32_t bits = static_cast<std::uint32_t>(value.bits) << 16;
+    float result;
+    std::memcpy(&result, &bits, 4);
+    return result;
+}
+inline __nv_bfloat16 __float2bfloat16_rn(float value) {  // to nearest, ties to even
+    std::uint32_t bits;
+    std::memcpy(&bits, &value, 4);
+    if (std::isnan(value)) return {0x7fff};
+    return {static_cast<std::uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16)};
+}
+inline float __half2float(__half value) { return static_cast<float>(value.value); }
+inline __half __float2half_rn(float value) { return {static_cast<_Float16>(value)}; }
+
+namespace emulator {
+
+inline float to_float(__nv_bfloat16 value) { return __bfloat162float(value); }
+inline float to_float(__half value) { return __half2float(value); }
+
+constexpr std::size_t stack_bytes = 128 * 1024, shared_limit = 166912;  // the latter as on sm_80
+constexpr int poison = 0xff;                                            // all ones are NaN in every float type
+
+enum class State { ready, in_warp, in_block, done };
+
+struct Copy {
+    void* to;
+    const void* from;
+    int bytes;
+};
+
+struct Thread {
+    dim3 index;
+    State state = State::done;
+    bool started = false;
+    void* place[5];  // where it goes on
+    ucontext_t context;
+    std::unique_ptr<char[]> stack;
+    void* operand;  // what it brings to an operation of its warp
+    unsigned mask;
+    bool vote = false;  // at the block's barrier
+    void (*operation)(void* const* operands, unsigned mask);
+    std::vector<Copy> copies;
+    std::deque<std::vector<Copy>> groups;
+};
+
+inline std::vector<std::unique_ptr<Thread>> threads;  // fibres, kept from one launch to the next
+inline Thread* current = nullptr;
+inline std::function<void()> body;
+inline void* scheduler[5];
+inline std::string failure;
+inline unsigned char* shared = nullptr;
+inline bool any = false;  // whether a thread voted so at the last barrier
+inline long seed = 0;       // the order of blocks, warps and lanes: 0 forward, -1 backward, else shuffled
+inline long launches = 0;  // so far
+
+inline unsigned char* shared_memory() { return shared; }
+
+#ifdef __SANITIZE_ADDRESS__
+inline const void* main_stack;
+inline std::size_t main_stack_bytes;
+inline void leave_for(const Thread* thread) {
+    const void* bottom = thread ? thread->stack.get() : main_stack;
+    __sanitizer_start_switch_fiber(nullptr, bottom, thread ? stack_bytes : main_stack_bytes);
+}
+inline void arrived(bool in_fibre) {
+    if (in_fibre) __sanitizer_finish_switch_fiber(nullptr, &main_stack, &main_stack_bytes);
+    else __sanitizer_finish_switch_fiber(nullptr, nullptr, nullptr);
+}
+#else
+inline void leave_for(const Thread*) {}
+inline void arrived(bool) {}
+#endif
+
+// The compiler's own jumps: no system call, unlike swapcontext, and a warp's every operation takes 64 of them.
+[[noreturn]] __attribute__((noinline, no_sanitize("address"))) inline void go(void** place) {
+    __builtin_longjmp(place, 1);
+}
+
+__attribute__((noinline, no_sanitize("address"))) inline void wait(State state) {
+    current->state = state;
+    if (__builtin_setjmp(current->place) == 0) {
+        leave_for(nullptr);
+        go(scheduler);
+    }
+    arrived(true);
+}
+
+[[noreturn]] inline void fail(const std::string& what) {
+    const auto place = [](dim3 at) {
+        return std::to_string(at.x) + "," + std::to_string(at.y) + "," + std::to_string(at.z);
+    };
+    failure = what + " (thread " + place(threadIdx) + " of block " + place(blockIdx) + ")";
+    wait(State::done);
+    std::abort();  // nobody resumes it
+}
+
+__attribute__((no_sanitize("address"))) inline void fibre() {
+    arrived(true);
+    for (;;) {
+        body();
+        wait(State::done);
+    }
+}
+
+__attribute__((noinline, no_sanitize("address"))) inline void resume(Thread& thread) {
+    current = &thread;
+    threadIdx = thread.index;
+    if (__builtin_setjmp(scheduler) == 0) {
+        leave_for(&thread);
+        if (thread.started) go(thread.place);
+        thread.started = true;
+        if (!thread.stack) thread.stack.reset(new char[stack_bytes]);
+        getcontext(&thread.context);
+        thread.context.uc_stack.ss_sp = thread.stack.get();
+        thread.context.uc_stack.ss_size = stack_bytes;
+        makecontext(&thread.context, fibre, 0);
+        setcontext(&thread.context);
+    }
+    arrived(false);
+}
+
+// All lanes of `mask` bring their own; Operation::run sees them at once, then all go on.
+template <class Operation>
+void together(unsigned mask, Operation& mine) {
+    current->operand = &mine;
+    current->mask = mask;
+    current->operation = [](void* const* operands, unsigned mask) {
+        Operation::run(reinterpret_cast<Operation* const*>(operands), mask);
+    };
+    wait(State::in_warp);
+}
+
+inline void need_aligned(const void* address, const char* what) {
+    if (reinterpret_cast<std::uintptr_t>(address) % 16)
+        throw std::runtime_error(std::string(what) + ": address must be a multiple of 16 bytes");
+}
+
+inline void copy_async(void* to, const void* from, int bytes) {
+    if (bytes < 0 || bytes > 16) fail("cp.async: bytes must be 0 to 16");
+    if (reinterpret_cast<std::uintptr_t>(to) % 16 || reinterpret_cast<std::uintptr_t>(from) % 16)
+        fail("cp.async: addresses must be multiples of 16 bytes");
+    std::memset(to, poison, 16);
+    current->copies.push_back({to, from, bytes});
+}
+inline void copy_commit() {
+    current->groups.push_back(std::move(current->copies));
+    current->copies.clear();
+}
+inline void copy_wait(std::size_t pending) {
+    for (; current->groups.size() > pending; current->groups.pop_front())
+        for (const Copy& copy : current->groups.front()) {
+            std::memset(copy.to, 0, 16);
+            std::memcpy(copy.to, copy.from, copy.bytes);
+        }
+}
+
+inline std::vector<unsigned> order(std::size_t count, std::mt19937& random) {
+    std::vector<unsigned> places(count);
+    for (std::size_t i = 0; i < count; ++i) places[i] = static_cast<unsigned>(i);
+    if (seed < 0) std::reverse(places.begin(), places.end());
+    if (seed > 0) std::shuffle(places.begin(), places.end(), random);
+    return places;
+}
+
+// Runs the operations for which all lanes are there.
+inline void meet(unsigned first, unsigned count) {
+    for (unsigned lane = 0; lane < count; ++lane) {
+        const Thread& one = *threads[first + lane];
+        if (one.state != State::in_warp) continue;
+        void* operands[32] = {};
+        bool complete = true;
+        for (unsigned other = 0; other < 32; ++other) {
+            if (!(one.mask >> other & 1)) continue;
+            if (other >= count || threads[first + other]->state == State::done)
+                throw std::runtime_error("divergence: a warp operation waits for lane " + std::to_string(other) +
+                                         ", which has ended");
+            const Thread& two = *threads[first + other];
+            complete = complete && two.state == State::in_warp;
+            if (two.state == State::in_warp && (two.operation != one.operation || two.mask != one.mask))
+                throw std::runtime_error("divergence: lanes of a warp wait at different operations");
+            operands[other] = two.operand;
+        }
+        if (!(one.mask >> lane & 1)) throw std::runtime_error("divergence: a lane is not in its own mask");
+        if (!complete) continue;
+        one.operation(operands, one.mask);
+        for (unsigned other = 0; other < count; ++other)
+            if (one.mask >> other & 1) threads[first + other]->state = State::ready;
+    }
+}
+
+inline void run_block(unsigned count, std::mt19937& random) {
+    const std::vector<unsigned> warps = order((count + 31) / 32, random), lanes = order(32, random);
+    for (unsigned i = 0; i < count; ++i) {
+        threads[i]->state = State::ready;
+        threads[i]->copies.clear();
+        threads[i]->groups.clear();
+    }
+    const auto are = [&](State state) {
+        return std::count_if(threads.begin(), threads.begin() + count, [&](auto& t) { return t->state == state; });
+    };
+    while (are(State::done) < count) {
+        for (unsigned warp : warps) {
+            const unsigned first = 32 * warp, here = std::min(32u, count - first);
+            for (bool moved = true; moved;) {
+                moved = false;
+                for (unsigned lane : lanes) {
+                    if (lane >= here || threads[first + lane]->state != State::ready) continue;
+                    resume(*threads[first + lane]);
+                    if (!failure.empty()) throw std::runtime_error(failure);
+                    moved = true;
+                }
+                meet(first, here);
+            }
+        }
+        const auto waiting = are(State::in_block), ended = are(State::done);
+        if (ended == count) return;
+        if (waiting != count)
+            throw std::runtime_error("divergence: " + std::to_string(waiting) + " of " + std::to_string(count) +
+                                     " threads are at the barrier, " + std::to_string(ended) + " have ended");
+        any = false;
+        for (unsigned i = 0; i < count; ++i) {
+            any = any || threads[i]->vote;
+            threads[i]->state = State::ready;
+        }
+    }
+}
+
+inline thread_local char probe;
+
+inline void poison_static() {
+    const auto each = [](dl_phdr_info* info, std::size_t, void* mine) {
+        for (int i = 0; i < info->dlpi_phnum; ++i) {
+            char* const start = static_cast<char*>(info->dlpi_tls_data);
+            const std::size_t bytes = info->dlpi_phdr[i].p_memsz;
+            if (info->dlpi_phdr[i].p_type == PT_TLS && start <= mine && mine < start + bytes)
+                std::memset(start, poison, bytes);
+        }
+        return 0;
+    };
+    dl_iterate_phdr(each, &probe);
+}
+
+inline void launch(dim3 grid, dim3 block, std::size_t bytes, std::function<void()> kernel) {
+    const std::size_t count = static_cast<std::size_t>(block.x) * block.y * block.z;
+    const std::size_t blocks = static_cast<std::size_t>(grid.x) * grid.y * grid.z;
+    if (count == 0 || count > 1024 || block.z > 64 || blocks == 0 || grid.x > 0x7fffffffu || grid.y > 65535 ||
+        grid.z > 65535 || bytes > shared_limit)
+        throw std::runtime_error("launch: invalid configuration");
+    ++launches;
+    body = std::move(kernel);
+    failure.clear();
+    blockDim = block;
+    gridDim = grid;
+    while (threads.size() < count) threads.push_back(std::make_unique<Thread>());
+    for (unsigned i = 0; i < count; ++i)
+        threads[i]->index = {i % block.x, i / block.x % block.y, i / block.x / block.y};
+    std::mt19937 random(static_cast<std::uint32_t>(seed));
+    try {
+        for (unsigned at : order(blocks, random)) {
+            blockIdx = {at % grid.x, at / grid.x % grid.y, at / grid.x / grid.y};
+            void* memory = nullptr;  // of exactly these bytes, for the address sanitizer
+            if (posix_memalign(&memory, 128, std::max<std::size_t>(bytes, 1))) throw std::bad_alloc();
+            const std::unique_ptr<void, decltype(&std::free)> owner(memory, &std::free);
+            shared = static_cast<unsigned char*>(memory);
+            std::memset(shared, poison, bytes);
+            poison_static();
+            run_block(static_cast<unsigned>(count), random);
+        }
+    } catch (...) {
+        threads.clear();  // fibres that are under way have no end
+        throw;
+    }
+}
+
+template <class T>
+struct Shuffle {
+    T value, result;
+    int from;
+
+    static void run(Shuffle* const* lanes, unsigned mask) {
+        for (int lane = 0; lane < 32; ++lane) {
+            if (!(mask >> lane & 1)) continue;
+            if (!(mask >> lanes[lane]->from & 1)) throw std::runtime_error("shuffle: source lane is not in the mask");
+            lanes[lane]->result = lanes[lanes[lane]->from]->value;
+        }
+    }
+};
+
+struct Vote {
+    unsigned mine, all;
+
+    static void run(Vote* const* lanes, unsigned mask) {
+        unsigned all = 0;
+        for (int lane = 0; lane < 32; ++lane)
+            if (mask >> lane & 1) all |= lanes[lane]->mine << lane;
+        for (int lane = 0; lane < 32; ++lane)
+            if (mask >> lane & 1) lanes[lane]->all = all;
+    }
+};
+
+inline int lane() { return (threadIdx.x + blockDim.x * (threadIdx.y + blockDim.y * threadIdx.z)) % 32; }
+
+template <class T>
+T shuffle(unsigned mask, T value, int from, int width) {  // from: counted within the segment; outside it, own value
+    const int start = lane() / width * width;
+    Shuffle<T> mine{value, value, from < 0 || from >= width ? lane() : start + from};
+    together(mask, mine);
+    return mine.result;
+}
+
+}  // namespace emulator
+
+inline int __syncthreads_or(int predicate) {
+    emulator::current->vote = predicate != 0;
+    emulator::wait(emulator::State::in_block);
+    return emulator::any;
+}
+inline void __syncthreads() { __syncthreads_or(0); }
+
+inline unsigned __ballot_sync(unsigned mask, int predicate) {
+    emulator::Vote mine{predicate != 0, 0};
+    emulator::together(mask, mine);
+    return mine.all;
+}
+inline int __any_sync(unsigned mask, int predicate) { return __ballot_sync(mask, predicate) != 0; }
+inline int __all_sync(unsigned mask, int predicate) { return __ballot_sync(mask, predicate) == mask; }
+inline void __syncwarp(unsigned mask = ~0u) { __ballot_sync(mask, 0); }
+
+template <class T>
+T __shfl_sync(unsigned mask, T value, int from, int width = 32) {
+    return emulator::shuffle(mask, value, from % width, width);
+}
+template <class T>
+T __shfl_xor_sync(unsigned mask, T value, int with, int width = 32) {
+    return emulator::shuffle(mask, value, (emulator::lane() % width) ^ with, width);
+}
+template <class T>
+T __shfl_down_sync(unsigned mask, T value, unsigned by, int width = 32) {
+    return emulator::shuffle(mask, value, emulator::lane() % width + static_cast<int>(by), width);
+}
+template <class T>
+T __shfl_up_sync(unsigned mask, T value, unsigned by, int width = 32) {
+    return emulator::shuffle(mask, value, emulator::lane() % width - static_cast<int>(by), width);
+}
+
+// What a test calls through ctypes: EXPORTED functions, which return nothing or, through `guarded`, an error as text.
+#define EXPORTED extern "C" __attribute__((used, visibility("default")))
+
+namespace emulator {
+
+template <class Call>
+const char* guarded(Call call) {
+    static std::string error;
+    try {
+        call();
+        return nullptr;
+    } catch (const std::exception& problem) {
+        error = problem.what();
+        return error.c_str();
+    }
+}
+
+}  // namespace emulator
+
+EXPORTED inline void set_order(long seed) { emulator::seed = seed; }
+EXPORTED inline long count_launches() { return emulator::launches; }
