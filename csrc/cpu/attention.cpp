@@ -93,8 +93,7 @@ void pack_pairs(const bf16* X, Index padded, Index D, bf16* to) {
             }
 }
 
-// [32 rows of X][32 columns of Y'] four tiles of X Y^T: X (padded, D) from row `from`, Y by `pack_transposed` from two
-// blocks on. sums [16 rows][16 columns, twice].
+// sums [32][32] = 32 rows of X (D columns) times 32 rows of another, given by `pack_transposed`.
 template <Index D>
 inline void scores(const bf16* X, const bf16* Y, float* sums) {
     stores_are_done();

@@ -183,6 +183,7 @@ def test_gradients_are_those_of_explicit_masks(family):
     assert not given
     exact.square().sum().backward()
     for name, logits in results.items():
+        # float64, summed in another order; gradients pass through all layers
         assert torch.allclose(logits, exact, rtol=1e-11, atol=1e-11)
         logits.square().sum().backward()
         gradients = {n: p.grad for n, p in models[name].named_parameters() if p.grad is not None}

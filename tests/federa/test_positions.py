@@ -49,7 +49,7 @@ def test_scores_are_transformers_own(experiment_of, family, kinds):
     with positions_by_client(model, lambda: [2, 3]):
         ours = attention.disentangled_attention_bias(*arguments, encoder.get_rel_embedding(), 1 + len(kinds))
     assert ours.shape == theirs.shape == (5 * H, T, T) and theirs.std() > 0.01
-    assert torch.allclose(ours, theirs, rtol=1e-12, atol=1e-12)
+    assert torch.allclose(ours, theirs, rtol=1e-12, atol=1e-12)  # float64, summed in another order
 
 
 def test_the_model_is_left_as_it_was(experiment_of):

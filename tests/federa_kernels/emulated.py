@@ -55,3 +55,11 @@ class Emulated:
 
     def launches(self) -> int:
         return self.library.count_launches()
+
+
+def assert_within_bounds(folder: Path, *sources: str) -> None:
+    """Runs a program over buffers of the exact size under the address and undefined behaviour sanitizers."""
+    program = build(folder, *sources, flags=["-fsanitize=address,undefined", "-fno-sanitize=vptr", "-g"])
+    done = subprocess.run([program], capture_output=True, text=True)
+    assert done.returncode == 0 and not done.stderr, done.stderr
+    assert done.stdout == "nothing beyond its end\n"
