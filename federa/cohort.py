@@ -274,9 +274,10 @@ def memory_of_client(experiment: "Experiment") -> int:
     return int(4 * tokens * facts.num_hidden_layers * (9 * width + 2 * inner) + positions + 16 * parameters)
 
 
-def choose_size(experiment: "Experiment") -> int:
-    """The cohort of `run.cohort`: as asked; with auto, as many clients as fill a step and fit into memory; 1 where
-    `why_alone` says so, and with auto on a CPU for a model that computes padding, of which cohorts have more."""
+def choose_size(experiment: "Experiment", processes: int = 1) -> int:
+    """The cohort of `run.cohort`: as asked; with auto, as many clients as fill a step and fit into memory, and no more
+    than leave each of the processes its share of a round; 1 where `why_alone` says so, and with auto on a CPU for a
+    model that computes padding, of which cohorts have more."""
     from federa.packing import is_packed  # needs transformers, which the model brings along
 
     config, device = experiment.config, experiment.learner.device
@@ -289,7 +290,7 @@ def choose_size(experiment: "Experiment") -> int:
     tokens = config.client.batch_size * float(experiment.train.lengths.mean())
     filling = round(TOKENS_A_STEP.get(device.type, TOKENS_A_STEP["cpu"]) / tokens)
     fitting = int(MEMORY_SHARE * free_memory(device) / memory_of_client(experiment))
-    return max(1, min(filling, fitting, experiment.clients_per_round))
+    return max(1, min(filling, fitting, math.ceil(experiment.clients_per_round / processes)))
 
 
 def free_memory(device: torch.device) -> int:

@@ -160,7 +160,7 @@ def _train(folder: RunFolder, config: Config, watch: Watch, train: Train | None 
         raise InputError(f"{folder.path}: data.* must give the texts that this run began with, got other ones")
     state = newest_checkpoint(folder, experiment.digest, experiment.learner.state()) if begun else None
     if state is None:
-        state = _begin(experiment, folder, choose_size(experiment) if train is None else 1)
+        state = _begin(experiment, folder, choose_size(experiment, ranks.count()) if train is None else 1)
     folder.rewind_metrics(state.round)
     if train is None:
         cohort = folder.metrics()[-1].get("cohort") or folder.read_json(folder.environment_file, ("cohort",))["cohort"]

@@ -200,6 +200,7 @@ def test_the_first_deberta_must_train_alone(tiny_config, tiny_models):
 def test_size(tiny_experiment):
     assert why_alone(tiny_experiment.learner, tiny_experiment.config) is None
     assert choose_size(tiny_experiment) == tiny_experiment.clients_per_round == 2
+    assert choose_size(tiny_experiment, processes=2) == 1
     assert choose_size(replace(tiny_experiment, config=changed(tiny_experiment.config, run={"cohort": 3}))) == 3
 
 
