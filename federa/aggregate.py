@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 
 import torch
 
-from federa.client import ClientUpdate
-from federa.config import PrivacyConfig, ServerConfig
+from federa.client import ClientUpdate, local_steps
+from federa.config import ClientConfig, PrivacyConfig, ServerConfig
 from federa.methods import Pair
 from federa_kernels import TruncatedSVD, factored_svd, truncated_svd
 
@@ -15,12 +15,15 @@ Tensors = Mapping[str, torch.Tensor]
 Factors = tuple[torch.Tensor, torch.Tensor]  # left (N, L), right (L, K)
 
 
-def problem_of(update: ClientUpdate, template: Tensors) -> str | None:
-    """Why an update must not be averaged (names, shapes, dtypes, NaN or Inf, no examples), or None if it may."""
+def problem_of(update: ClientUpdate, template: Tensors, config: ClientConfig | None = None) -> str | None:
+    """Why an update must not be averaged (names, shapes, dtypes, NaN or Inf, no examples, or with a configuration other
+    steps than so many examples take), or None if it may."""
     if update.problem is not None:
         return update.problem
     if type(update.examples) is not int or not 1 <= update.examples < 2**31:
         return f"examples must be an integer from 1 to 2**31 - 1, got {update.examples!r}"
+    if config is not None and update.steps != (steps := local_steps(update.examples, config)):
+        return f"steps must be {steps} for {update.examples} examples, got {update.steps!r}"
     for name, tensor in update.tensors.items():
         if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
             return f"{name} must be a tensor, got {type(tensor).__name__}"

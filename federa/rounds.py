@@ -244,7 +244,7 @@ def _collect(
                 started = time.perf_counter()
                 update = next(updates)
                 attempt.seconds += time.perf_counter() - started
-                if (problem := problem_of(update, gathering.current)) is None:
+                if (problem := problem_of(update, gathering.current, experiment.config.client)) is None:
                     attempt.add(update)
                     gathering.add(update)
                 else:

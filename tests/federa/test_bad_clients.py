@@ -79,6 +79,7 @@ POISONS = {
     "list": (_with(NAME, lambda t: t.tolist()), f"{NAME} must be a tensor, got list"),
     "sparse": (_with(NAME, lambda t: t.to_sparse()), f"{NAME} must be dense and hold data"),
     "count": (lambda update: replace(update, examples=0), "examples must be an integer from 1 to 2**31 - 1, got 0"),
+    "steps": (lambda update: replace(update, steps=10**12), "steps must be 1 for "),
     "loss": (lambda update: replace(update, finite=False), "the training loss was NaN or Inf"),
 }
 
