@@ -70,7 +70,7 @@ def run(
 
 @app.command()
 def resume(directory: RunDir, set: Set = None) -> None:
-    """Take a stopped run up after its last saved round; --set may change server.retries and server.min_updates."""
+    """Take a stopped run up after its last saved round; --set may change what finished rounds do not depend on."""
     from federa import ranks, simulation
     from federa.flower.project import is_over_sites, resume_project
     from federa.progress import RunProgress

@@ -50,7 +50,7 @@ class RunResult:
 
     @property
     def accuracy(self) -> float:
-        """Test accuracy after the last round."""
+        """Test accuracy after the last round, of tasks that have one: `score` is every task's."""
         return self.test["accuracy"]
 
     @property
@@ -98,7 +98,7 @@ def resume(output: str | Path, *, overrides: Sequence[str] = (), watch: Watch = 
     """Takes up the run in `output` after its last saved round.
 
     On a CPU the result is bitwise that of a run never stopped. `overrides` may change only what finished rounds do not
-    depend on: server.retries, server.min_updates and data.cache; InputError names another key.
+    depend on, config.FREE_KEYS; InputError names another key.
     """
     folder = RunFolder.open(output)
     with folder.lock():
@@ -128,7 +128,7 @@ def restore(output: str | Path, round: int | None = None) -> tuple[Experiment, S
 
 
 def best_round(output: str | Path) -> int:
-    """The round with the best validation accuracy of a finished run. InputError if there was no validation."""
+    """The round with the best validation score of a finished run. InputError if there was no validation."""
     result = RunFolder.open(output).result()
     if result is None or result["best"] is None:
         raise InputError(f"{output}: must hold a finished run with a validation split to have a best round")

@@ -92,7 +92,7 @@ class Sites:
             "federa": federa.__version__,
             "config": config.model_dump(mode="json"),
             "init": hashlib.sha256(init).hexdigest(),
-            "data": None if config.partition.scheme == "sites" else self._data_digest(experiment),
+            "data": None if config.partition.scheme == "sites" else self._data_digest(),
             "label_names": experiment.corpus.label_names,
             "round": round,
             "wire": config.sites.wire,
@@ -118,7 +118,7 @@ class Sites:
         """The initial factors and their hashes, as the run's folder has them."""
         return self.folder.init_file.read_bytes()
 
-    def _data_digest(self, experiment: Experiment) -> str:
+    def _data_digest(self) -> str:
         return self.folder.read_json(self.folder.partition_file, ("data",))["data"]
 
     def _send(self, requests: list[_Request], timeout: float) -> dict[str, _Request]:
