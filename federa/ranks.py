@@ -7,7 +7,7 @@ same bits on any number of ranks that compute alike.
 
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 from federa.client import ClientUpdate, local_steps
 from federa.cohort import Cohorts
+from federa.errors import InputError, RunError
 from federa.experiment import Experiment, build
 
 if TYPE_CHECKING:
@@ -37,13 +38,21 @@ def join() -> int:
 
 @contextmanager
 def leading() -> Iterator[None]:
-    """Around what rank 0 does: when it ends, however it ends, the others go home, whether they were needed or not."""
+    """Around what rank 0 does: when it ends, the others go home, whether they were needed or not.
+
+    After an error that no run ends by they may be amid a round and not listen: torchrun ends them with this process.
+    """
     try:
         yield
-    finally:
-        if count() > 1:
-            with suppress(RuntimeError):  # they may be gone
-                _tell(None)
+    except (InputError, RunError):
+        _send_home()
+        raise
+    _send_home()
+
+
+def _send_home() -> None:
+    if count() > 1:
+        _tell(None)
 
 
 def serve() -> None:
