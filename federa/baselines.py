@@ -34,13 +34,15 @@ def run_baseline(name: str, config: Config, output: str | Path, watch: Watch) ->
     head-only: the same federated run without adapters. pooled: one site with all the data, as many examples seen in
     all. local: every client alone with the examples it would have seen on average, scored on its own share of the
     test set. linear-probe: logistic regression on the frozen backbone's mean-pooled features. A finished one is read.
-    Raises InputError for a baseline that the task has no use for.
+    Raises InputError for a baseline that the task has no use for, and for data at real sites.
     """
     if name not in BASELINES:
         raise InputError(f"--baseline: must be one of {', '.join(BASELINES)}, got {name!r}")
     if (problem := misfit(name, config)) is not None:
         others = ", ".join(other for other in BASELINES if misfit(other, config) is None)
         raise InputError(f"--baseline: {name} {problem} and cannot serve task.name {config.task.name}; {others} can")
+    if config.partition.scheme == "sites":
+        raise InputError("--baseline: must have the clients' data here, got partition.scheme sites")
     stored = Path(output) / "baseline.json"
     key = {"name": name, "config": config_digest(config)}
     if stored.is_file():

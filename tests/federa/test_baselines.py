@@ -166,3 +166,13 @@ def test_unknown_baselines_are_refused(tiny_config, tmp_path):
     ):
         run_baseline("best", tiny_config, tmp_path / "out", silent)
     assert not (tmp_path / "out").exists()
+
+
+def test_data_at_real_sites_have_no_baselines(tiny_config, tmp_path):
+    config = changed(tiny_config, partition={"scheme": "sites"})
+    for name in ("pooled", "local", "head-only", "linear-probe"):
+        with pytest.raises(
+            InputError, match="--baseline: must have the clients' data here, got partition.scheme sites"
+        ):
+            run_baseline(name, config, tmp_path / "out", silent)
+    assert not (tmp_path / "out").exists()
