@@ -60,7 +60,12 @@ def dry_run(
         entry["alphas"] = entry["alphas"] and entry["alphas"][:1]
     for over in (first["sweep"]["over"], *(entry["sweep"] or {} for entry in first["methods"].values())):
         over.update({key: values[:2] for key, values in over.items()})
-    return run_study(first, folder / "study", watch=watch)
+
+    def told(event: str, facts: dict[str, Any]) -> None:
+        if event != "warn":  # of two rates tried the better one is at an edge
+            watch(event, facts)
+
+    return run_study(first, folder / "study", watch=told)
 
 
 def _fresh(folder: Path) -> Path:

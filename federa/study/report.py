@@ -209,10 +209,11 @@ def _differences(results: Results) -> str:
                     rows.append((setting.title, name, mean, _interval(difference), f"{difference.count}"))
     if not rows:
         return "<p>Nothing to compare yet.</p>"
+    seeds = len(results.study.config.seeds)
     note = (
         "Points of test score, seed by seed: both methods of a pair have the same data, partition and sampled clients. "
-        f"{percent(CONFIDENCE, 0)} Student's t interval of the mean difference over {len(results.study.config.seeds)} "
-        "seeds. Several comparisons stand side by side, and no interval is widened for it."
+        f"{percent(CONFIDENCE, 0)} Student's t interval of the mean difference over {seeds} "
+        f"seed{'s' * (seeds != 1)}. Several comparisons stand side by side, and no interval is widened for it."
     )
     columns = ("Setting", "Difference", "Mean", f"{percent(CONFIDENCE, 0)} interval", "Pairs")
     cells = [tuple(map(escape, row)) for row in rows]
