@@ -122,6 +122,9 @@ void split_rows(const void* x, Kind kind, Index x_stride, Index rows, Index dept
                     _mm512_storeu_si512(to, interleaved(_mm512_maskz_loadu_epi16(mask, static_cast<const bf16*>(x) + at)));
                     continue;
                 }
+                const auto* ahead = static_cast<const float*>(x) + at + 6 * x_stride;  // rows apart escape the hardware
+                _mm_prefetch(ahead, _MM_HINT_T0);
+                _mm_prefetch(ahead + 16, _MM_HINT_T0);
                 __m512i parts[3];
                 cut(load_floats(x, kind, at, first(left)), load_floats(x, kind, at + 16, first(left - 16)), parts);
                 for (int plane = 0; plane < 3; ++plane) _mm512_storeu_si512(to + plane * 2 * TILE, parts[plane]);
@@ -656,6 +659,10 @@ class Task {
                     start[t] = begin_of(p, s, r, c, begin, direct, starts[t]);
                     stop[t] = direct ? static_cast<float*>(p.out) + r * p.columns + c : all_stops[t];
                 }
+                if (direct) {
+                    const bool more = s + 1 < strips_;
+                    expect(p, more ? row + SIDE : begin_, more ? column : column + SIDE);
+                }
                 block_product(job_.kind, static_cast<int>(p_planes), x + s * strip, panel, steps, &extra, shares == 1,
                               job_.rank_blocks(p), apart ? zero : start, stop, direct ? p.columns * 4 : 64);
                 if (direct) continue;
@@ -675,6 +682,13 @@ class Task {
                 }
             }
         }
+    }
+
+    // Asks for the memory of the block that is next: to own lines that are not in a cache takes as long as a block does.
+    void expect(const Projection& p, Index row, Index column) const {
+        if (row + SIDE > end_ || column + SIDE > p.columns) return;
+        const float* block = static_cast<const float*>(p.out) + row * p.columns + column;
+        for (Index r = 0; r < SIDE; ++r) __builtin_prefetch(block + r * p.columns, 1);
     }
 
     Source begin_of(const Projection& p, Index s, Index row, Index column, bool begin, bool direct, float* buffer) {
