@@ -97,6 +97,13 @@ def pick_mma_tiles(M: int, N: int, K: int, R: int, arch: int) -> Tiles:
     return Tiles(gemm, MMA_DOWN, grad, splits, one_pass=not wide, chunk=chunk, on_the_fly=False)
 
 
+def pick_sm90_tile(M: int, N: int) -> tuple[int, int]:
+    """(BN, cluster) of csrc/cuda/lora_linear_sm90.cu: columns of its tiles of 128 rows, and how many tiles above each
+    other share the reads of their weight."""
+    wide = _tiles(M, 128) * _tiles(N, 256) >= MULTIPROCESSORS[90]
+    return 256 if wide else 128, 2 if M > 128 else 1
+
+
 def _parts(M: int, N: int, K: int, programs: int, down: Tile, grad: Tile) -> tuple[int, int]:
     """Splits and chunk: two programs a multiprocessor keep enough loads in flight; parts of fewer than 256 columns or
     rows do not pay."""
