@@ -87,7 +87,7 @@ inline float to_float(__half value) { return __half2float(value); }
 constexpr std::size_t stack_bytes = 128 * 1024, shared_limit = 166912;  // the latter as on sm_80
 constexpr std::size_t hopper_shared_limit = 232448;
 constexpr unsigned active_clusters = 2;  // as if no more fitted onto the GPU
-constexpr int poison = 0xff;                                            // all ones are NaN in every float type
+constexpr int poison = 0xff;             // all ones are NaN in every float type
 
 enum class State { ready, in_warp, in_block, until, done };  // until: a condition holds
 
@@ -120,7 +120,8 @@ struct Async {
 struct Block {
     dim3 index;
     unsigned char* shared;
-    bool any;  // whether a thread voted so at the last barrier
+    bool any = false;    // whether a thread voted so at the last barrier
+    bool begun = false;  // the next block of a cluster begins when those before it cannot go on
 };
 
 struct Thread {
@@ -293,6 +294,7 @@ inline bool run_ready(unsigned count, const std::vector<unsigned>& warps, const 
     bool any_moved = false;
     const unsigned in_block = (count + 31) / 32;
     for (unsigned warp : warps) {
+        if (!cluster[warp / in_block].begun) continue;
         const unsigned first = warp / in_block * count + 32 * (warp % in_block);
         const unsigned here = std::min(32u, count - 32 * (warp % in_block));
         for (unsigned lane = 0; lane < here; ++lane) {
@@ -339,9 +341,15 @@ inline void run_cluster(unsigned count, std::mt19937& random) {
     const auto are = [&](State state) {
         return std::count_if(threads.begin(), threads.begin() + all, [&](auto& t) { return t->state == state; });
     };
+    std::vector<unsigned> to_begin = order(cluster.size(), random);
     if (around_a_cluster) around_a_cluster(true);
     while (are(State::done) < all) {
         if (run_ready(count, warps, lanes) || pass_barriers(count)) continue;
+        if (!to_begin.empty()) {
+            cluster[to_begin.front()].begun = true;
+            to_begin.erase(to_begin.begin());
+            continue;
+        }
         if (!under_way.empty()) {
             const std::size_t last = under_way.size() - 1;
             const auto next = under_way.begin() + static_cast<std::ptrdiff_t>(
@@ -406,7 +414,7 @@ inline void launch(dim3 grid, dim3 block, std::size_t bytes, std::function<void(
                 owners.emplace_back(memory, &std::free);
                 std::memset(memory, poison, bytes);
                 cluster[rank] = {{at % grid.x, at / grid.x % grid.y, at / grid.x / grid.y},
-                                 static_cast<unsigned char*>(memory), false};
+                                 static_cast<unsigned char*>(memory)};
             }
             poison_static();
             run_cluster(static_cast<unsigned>(count), random);
