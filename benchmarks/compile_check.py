@@ -39,6 +39,7 @@ from federa_kernels.lora_linear.tiles import Tile, Tiles, pick_tiles
 FORMS = ("lora_linear", "clients", "shared")
 ARCHS = (80, 90, 100)
 CONSUMER = 89  # stands for the GPUs that get the safe tiles
+RESERVED = {80: 0, 90: 1024, 100: 1024}  # bytes of a block that the GPU keeps, beside the limit; cuobjdump counts them
 SHARED_LIMIT = {80: 166_912, 89: 101_376, 90: 232_448, 100: 232_448}  # bytes a program may have
 TENSOR_CORES = {80: "HMMA", 89: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}  # the last is how SASS writes tcgen05.mma
 PRODUCTS = re.compile(r"\b(down|gemm|columns)_kernel<")  # of csrc/cuda, in mma.sync on every GPU
@@ -225,7 +226,7 @@ def compile_cuda(folder: Path) -> Iterator[Compiled]:
             subprocess.run([nvcc, "-cubin", *options, "-o", cubin, source], check=True)
             for mangled, registers, spills, shared, mma in read_cubin(cubin):
                 name, dynamic = readable(mangled)
-                yield Compiled(name, "", source.name, arch, registers, spills, shared + dynamic, mma)
+                yield Compiled(name, "", source.name, arch, registers, spills, max(shared - RESERVED[arch], 0) + dynamic, mma)
 
 
 def readable(mangled: str) -> tuple[str, int]:

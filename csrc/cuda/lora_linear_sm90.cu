@@ -15,8 +15,7 @@ using sm90_kernels::Gemm;  // of two
 
 constexpr int consumers = 2;  // warpgroups, each of which multiplies 64 rows
 constexpr int threads = 128 * (1 + consumers), rows_of_tile = side * consumers;
-constexpr int band = 8;            // clusters' rows that go over the columns together, so that they meet in L2
-constexpr int copies_of_out = 2;   // blocks of each consumer on their way out
+constexpr int copies_of_out = 2;  // blocks of each consumer on their way out
 constexpr int slack = 1024 - 128;  // blocks begin on 1024 bytes, shared memory on 128
 
 // One tile of the product: 128 rows, BN columns, `side` of the depth a step, STAGES steps under way.
@@ -81,11 +80,10 @@ struct Ring {
 template <class P, class Each>
 __device__ void each_tile(const Parameters& p, Each each) {
     const int size = cluster_size(), rows = blocks(p.M, size * rows_of_tile), columns = blocks(p.N, P::BN);
-    const int in_band = band * columns, step = gridDim.x / size;
-    for (int tile = blockIdx.x / size; tile < rows * columns; tile += step) {
-        const int top = tile / in_band * band, height = min(rows - top, band), within = tile % in_band;
-        const int row = (top + within % height) * size + static_cast<int>(cluster_rank());
-        each(row * rows_of_tile, within / height * P::BN);
+    for (int at = blockIdx.x / size; at < rows * columns; at += gridDim.x / size) {
+        const Place place = place_of(at, rows, columns);
+        const int row = place.row * size + static_cast<int>(cluster_rank());
+        each(row * rows_of_tile, place.column * P::BN);
     }
 }
 

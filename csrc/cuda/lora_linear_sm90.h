@@ -50,6 +50,22 @@ struct Gemm {
     Pair pairs[max_pairs];
 };
 
+// Which tile of rows x columns of them comes at this place: `band` rows go over the columns together, so that what they
+// read meets in L2.
+struct Place {
+    int row, column;
+};
+
+#ifdef __CUDACC__
+__host__ __device__
+#endif
+constexpr Place place_of(int at, int rows, int columns) {
+    constexpr int band = 8;
+    const int top = at / (band * columns) * band, within = at % (band * columns);
+    const int height = rows - top < band ? rows - top : band;
+    return {top + within % height, within / height};
+}
+
 // Launches "low" or "gemm", whose struct is at `arguments`, on the current device and a stream of it. Throws
 // std::invalid_argument for what the kernels do not take, a GPU that is not of compute capability 9.0 among it, and
 // std::runtime_error for CUDA's own errors.

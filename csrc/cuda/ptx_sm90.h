@@ -66,7 +66,8 @@ inline __device__ unsigned cluster_size() {
 
 // All threads of all blocks meet; what they wrote before is seen after.
 inline __device__ void cluster_barrier() {
-    asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
+    __syncwarp();
+    asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
 
 // `count` threads of this block meet at barrier `name`, 1 to 15; 0 is __syncthreads().

@@ -79,7 +79,7 @@ def _padded(rows: int, columns: int, like: Tensor) -> Tensor:
 
 
 def _product(out, low, rows, weights, downs, factors, bias, scalings):
-    """out = sum of rows weight + low factor: the factor's scaled copy and low itself are further depth of one product."""
+    """out = sum of rows weight + low factor, where low and the scaled factor are further depth of the one product."""
     (M, N), along_n = out.shape, _along_n(weights[0])
     R = [factor.shape[-2] for factor in factors]
     pairs, kept = [], []

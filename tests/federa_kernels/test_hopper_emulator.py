@@ -82,7 +82,7 @@ def place_along_depth(i, k, stride):
 
 
 def place_along_columns(n, k, leading, stride):
-    """Of column n, depth k: 8 depths of 64 columns, in the swizzle; `stride` on the next 8, `leading` on the next 64."""
+    """Column n, depth k: 8 depths of 64 columns, in the swizzle; `stride` to the next 8, `leading` to the next 64."""
     return n // 64 * leading + k // 8 * stride + k % 8 * 128 + ((n % 64 // 8) ^ (k % 8)) * 16 + n % 8 * 2
 
 

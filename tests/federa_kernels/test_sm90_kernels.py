@@ -5,7 +5,6 @@ Where there is a Hopper GPU and a build that has them, the kernels run there.
 """
 
 import ctypes
-import re
 
 import pytest
 import torch
@@ -247,6 +246,19 @@ def test_who_is_asked_for_them(monkeypatch):
 @given(M=st.integers(1, 2**31 - 256), N=st.integers(1, 2**31 - 256))
 def test_every_product_gets_a_tile(M, N):
     assert pick_sm90_tile(M, N) in TILES
+
+
+@given(rows=st.integers(1, 40), columns=st.integers(1, 40))
+def test_tiles_come_once_each_and_in_bands(emulators, rows, columns):
+    if emulators is None:
+        pytest.skip("for the emulator alone")
+    places = torch.full((rows * columns, 2), -1, dtype=torch.int32)
+    emulators[0].library.places_of(rows, columns, ctypes.c_void_p(places.data_ptr()))
+    assert sorted(map(tuple, places.tolist())) == [(r, c) for r in range(rows) for c in range(columns)]
+    bands = places[:, 0] // 8
+    assert torch.equal(bands, bands.sort().values)
+    for band in places[:, 1].split([8 * columns] * (rows // 8) + [rows % 8 * columns]):
+        assert torch.equal(band, band.sort().values)
 
 
 GOOD = {"kind": 1, "M": 8, "N": 8, "BN": 128, "cluster": 1, "P": 1, "out": 16}
