@@ -226,7 +226,8 @@ def compile_cuda(folder: Path) -> Iterator[Compiled]:
             subprocess.run([nvcc, "-cubin", *options, "-o", cubin, source], check=True)
             for mangled, registers, spills, shared, mma in read_cubin(cubin):
                 name, dynamic = readable(mangled)
-                yield Compiled(name, "", source.name, arch, registers, spills, max(shared - RESERVED[arch], 0) + dynamic, mma)
+                shared = max(shared - RESERVED[arch], 0) + dynamic
+                yield Compiled(name, "", source.name, arch, registers, spills, shared, mma)
 
 
 def readable(mangled: str) -> tuple[str, int]:

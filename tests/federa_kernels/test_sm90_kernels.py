@@ -248,6 +248,12 @@ def test_every_product_gets_a_tile(M, N):
     assert pick_sm90_tile(M, N) in TILES
 
 
+def test_tiles_fill_the_last_turn():
+    """768 columns: 192 wide tiles in two turns of 132, or 384 narrow ones in three of 5/8 of the time."""
+    assert [pick_sm90_tile(8192, N)[0] for N in (768, 3072, 4096, 14336)] == [128, 256, 256, 256]
+    assert pick_sm90_tile(128, 768) == (128, 1)
+
+
 @given(rows=st.integers(1, 40), columns=st.integers(1, 40))
 def test_tiles_come_once_each_and_in_bands(emulators, rows, columns):
     if emulators is None:
