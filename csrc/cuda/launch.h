@@ -52,8 +52,8 @@ void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, std::size_t sh
 #endif
 }
 
-// The same on clusters of blocks in one row, with at least 48 KiB of shared memory: as many as the GPU holds at once and
-// at most `tiles`, among which they divide the work.
+// The same on clusters of blocks in one row: as many as the GPU holds at once and at most `tiles`, which they divide
+// among themselves.
 template <class... Parameters, class... Arguments>
 void launch_clusters(void (*kernel)(Parameters...), unsigned tiles, unsigned in_cluster, unsigned block,
                      std::size_t shared, cudaStream_t stream, const Arguments&... arguments) {

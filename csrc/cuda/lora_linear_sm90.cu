@@ -13,9 +13,9 @@ namespace {
 using namespace mma_kernels;
 using sm90_kernels::Gemm;  // of two
 
-constexpr int consumers = 2;  // warpgroups, each of which multiplies 64 rows
+constexpr int consumers = 2;       // warpgroups, each of which multiplies 64 rows
 constexpr int threads = 128 * (1 + consumers), rows_of_tile = side * consumers;
-constexpr int copies_of_out = 2;  // blocks of each consumer on their way out
+constexpr int copies_of_out = 2;   // blocks of each consumer on their way out
 constexpr int slack = 1024 - 128;  // blocks begin on 1024 bytes, shared memory on 128
 
 // One tile of the product: 128 rows, BN columns, `side` of the depth a step, STAGES steps under way.
@@ -45,7 +45,7 @@ struct Parameters {
     Index bias_kind;
 };
 
-// The block's shared memory: stages, each the blocks of rows and then those of the weight; blocks of out; bias; barriers.
+// The block's shared memory: stages, each the blocks of rows, then those of the weight; blocks of out; bias; barriers.
 template <class P>
 struct Shared {
     unsigned char* const start;
@@ -117,7 +117,8 @@ template <class P, int STEPS>
 __device__ void multiply_step(float (&sums)[P::BN / 2], const Shared<P>& shared, int stage, int consumer) {
     constexpr int eight_rows = 8 * 2 * side;  // bytes
     const std::uint64_t a = descriptor(shared_address(shared.rows(stage, consumer)), 0, eight_rows);
-    const std::uint64_t b = descriptor(shared_address(shared.weight(stage, 0)), P::along_n ? block_bytes : 0, eight_rows);
+    constexpr int leading = P::along_n ? block_bytes : 0;
+    const std::uint64_t b = descriptor(shared_address(shared.weight(stage, 0)), leading, eight_rows);
     constexpr int next_a = 16 * 2 / 16, next_b = P::along_n ? 2 * eight_rows / 16 : next_a;  // in 16 bytes
     multiply_fence();
 #pragma unroll
@@ -204,7 +205,7 @@ __global__ void __launch_bounds__(threads, 1) gemm_sm90_kernel(const __grid_cons
     if (threadIdx.x == 0) {
         for (int i = 0; i < P::stages; ++i) {
             barrier_init(shared.full(i), 1);
-            barrier_init(shared.empty(i), consumers * 4 * cluster_size());  // warps
+            barrier_init(shared.empty(i), consumers * 4 * cluster_size());  // the warps that multiply
         }
         barriers_ready();
     }

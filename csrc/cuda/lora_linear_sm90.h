@@ -1,5 +1,5 @@
-// The product of lora_linear for Hopper (sm_90a): y = x W^T + s h B^T + bias, and dx = dy W + dh A, as one product whose
-// depth goes on from (x, W) into (h, s B). What else a step needs is in lora_linear_mma.h.
+// The product of lora_linear for Hopper (sm_90a): y = x W^T + s h B^T + bias, and dx = dy W + dh A, as one whose depth
+// goes on from (x, W) into (h, s B). What else a step needs is in lora_linear_mma.h.
 //
 // Arguments come as one struct for each kernel, every field 8 bytes, which federa_kernels/lora_linear/sm90.py mirrors.
 // Strides count entries; a null pointer is None. Rows, weights and out are of one kind, bfloat16 or float16.
@@ -13,8 +13,8 @@ namespace federa::sm90_kernels {
 
 using mma_kernels::Index;
 
-// low (M,R) = the sum of `down` (S,M,R), rounded, and the same to `copy`; scaled = scale factor (R,N), rounded, in memory
-// (R,N) if along_n, else (N,R). What a product takes as a further pair of its depth.
+// low (M,R) = the sum of `down` (S,M,R), rounded, and the same to `copy`; scaled = scale factor (R,N), rounded, in
+// memory (R,N) if along_n, else (N,R). What a product takes as a further pair of its depth.
 struct Low {
     Index kind, M, N, R, S;
     const float* down;

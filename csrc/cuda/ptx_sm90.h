@@ -1,6 +1,6 @@
 // The instructions of sm_90a that C++ has no words for, each as PTX and, for tests on the CPU, as the emulator's
-// definition (tests/emulator/hopper_emulator.h). What the copy engine moves are blocks of 64 x 64 entries of 2 bytes: 64
-// rows of 128 bytes, in the 128-byte swizzle, beginning on 1024 bytes of shared memory.
+// definition (tests/emulator/hopper_emulator.h). What the copy engine moves are blocks of 64 x 64 entries of 2 bytes:
+// 64 rows of 128 bytes, in the 128-byte swizzle, beginning on 1024 bytes of shared memory.
 #pragma once
 
 #include <cstdint>
@@ -31,10 +31,14 @@ TensorMap tensor_map(const void* data, std::int64_t rows, std::int64_t columns, 
     static const auto encode = [] {
         void* found = nullptr;
         cudaDriverEntryPointQueryResult result = cudaDriverEntryPointSymbolNotFound;
-        const auto status = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found, 12000, cudaEnableDefault,
-                                                             &result);
+        const char* const name = "cuTensorMapEncodeTiled";
+#if CUDART_VERSION >= 12050
+        const auto status = cudaGetDriverEntryPointByVersion(name, &found, 12000, cudaEnableDefault, &result);
+#else
+        const auto status = cudaGetDriverEntryPoint(name, &found, cudaEnableDefault, &result);
+#endif
         check(status, "cuTensorMapEncodeTiled of the driver");
-        if (!found) throw std::runtime_error("the driver has no cuTensorMapEncodeTiled; CUDA 12.0 or later must be there");
+        if (!found) throw std::runtime_error("cuTensorMapEncodeTiled: the driver must be of CUDA 12 or later");
         return reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(found);
     }();
     TensorMap map;
@@ -114,7 +118,7 @@ inline __device__ void barrier_arrive(Barrier* barrier, unsigned rank) {
         : "memory");
 }
 
-// Until the phase of this parity has ended; phases begin with parity 0, and before the first that of parity 1 has ended.
+// Until the phase of this parity has ended; phases begin with parity 0, before which that of parity 1 has ended.
 inline __device__ void barrier_wait(Barrier* barrier, int parity) {
     asm volatile(
         "{\n.reg .pred done;\n"
