@@ -14,6 +14,7 @@
 #include "cpu/truncated_svd.h"
 #include "cuda/devices.h"
 #include "cuda/lora_linear_mma.h"
+#include "cuda/lora_linear_sm90.h"
 #include "cuda/truncated_svd.h"
 
 namespace py = pybind11;
@@ -274,6 +275,10 @@ PYBIND11_MODULE(_C, module) {
     module.def("lora_linear_mma", [](const std::string& kernel, Address arguments, std::size_t bytes, Address stream) {
         federa::mma_kernels::run(kernel.c_str(), reinterpret_cast<const void*>(arguments), bytes,
                                  reinterpret_cast<void*>(stream));
+    });
+    module.def("lora_linear_sm90", [](const std::string& kernel, Address arguments, std::size_t bytes, Address stream) {
+        federa::sm90_kernels::run(kernel.c_str(), reinterpret_cast<const void*>(arguments), bytes,
+                                  reinterpret_cast<void*>(stream));
     });
     module.def("cholesky_qr", &cholesky_qr, "of panels on a GPU, on a stream; Y = Q R");
     module.def("cholesky_qr_work", &federa::cholesky_qr_work, "float64 entries that cholesky_qr needs beside them");
