@@ -10,6 +10,8 @@ from torch.autograd.function import once_differentiable
 from ._checks import check_shape, failure
 from ._extension import load_extension
 
+KINDS = {torch.float32: "f", torch.bfloat16: "b"}
+
 
 def _heads(tensor: Tensor) -> tuple[int, int, int]:
     return tensor.data_ptr(), tensor.stride(0), tensor.stride(1)
@@ -29,7 +31,7 @@ class _PackedAttention(torch.autograd.Function):
         out, softmax = query.new_empty(M, H, D), query.new_empty((2, H, M), dtype=torch.float32)
         ctx.shape = (len(offsets) - 1, H, D, scaling)
         load_extension().attention_forward(
-            *((offsets.data_ptr(), *ctx.shape), *map(_heads, (query, key, value, out))),
+            *(KINDS[out.dtype], (offsets.data_ptr(), *ctx.shape), *map(_heads, (query, key, value, out))),
             *(softmax.data_ptr(), torch.get_num_threads()),
         )
         ctx.save_for_backward(query, key, value, out, softmax, offsets)
@@ -43,8 +45,8 @@ class _PackedAttention(torch.autograd.Function):
         d_out = _rows(d_out)
         grads = [query.new_empty(query.shape) for _ in range(3)]
         load_extension().attention_backward(
-            *((offsets.data_ptr(), *ctx.shape), *map(_heads, (query, key, value, out)), softmax.data_ptr()),
-            *(*map(_heads, (d_out, *grads)), torch.get_num_threads()),
+            *(KINDS[out.dtype], (offsets.data_ptr(), *ctx.shape), *map(_heads, (query, key, value, out))),
+            *(softmax.data_ptr(), *map(_heads, (d_out, *grads)), torch.get_num_threads()),
         )
         return *grads, None, None
 
@@ -53,7 +55,7 @@ def _on_tiles(query: Tensor, dropout: float) -> bool:
     extension = load_extension()
     return (
         query.device.type == "cpu"
-        and query.dtype == torch.bfloat16
+        and query.dtype in KINDS
         and dropout == 0
         and hasattr(extension, "attention_available")
         and extension.attention_available(query.shape[2])
