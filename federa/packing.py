@@ -1,10 +1,12 @@
 """An encoder's layers over the real tokens of a batch alone, one row a token, instead of over its padding too.
 
 The embeddings and the task head see padded tensors (E, T, K) as transformers made them; between the two, the encoder's
-layers see (1, M, K), M the number of real tokens, and attention stays within each example.
+layers see (1, M, K), M the number of real tokens, and attention stays within each example. Where the head reads nothing
+but an example's first token, the last layer goes on with (1, E, K), those tokens' rows, after its attention.
 """
 
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +26,8 @@ ENCODERS = {
     "electra": "encoder",
     "distilbert": "transformer",
 }
+# Those of them whose sequence classifiers read hidden[:, 0] alone, and whose layers have attention.output
+READ_FIRST = ("bert", "roberta", "xlm-roberta", "camembert", "electra")
 
 
 @dataclass(frozen=True)
@@ -47,10 +51,47 @@ class Packing:
         return padded.flatten(0, 1).index_select(0, self.places).unsqueeze(0)
 
     def unpack(self, packed: Tensor) -> Tensor:
-        """(1, M, K) -> (E, T, K), zero where there is no token."""
+        """(1, M, K) -> (E, T, K), zero where there is no token; the first tokens alone, (1, E, K) -> (E, 1, K)."""
         E, T = self.padded
+        if packed.shape[1] == E:
+            return packed.transpose(0, 1)
         rows = packed.new_zeros(E * T, packed.shape[-1]).index_copy(0, self.places, packed.squeeze(0))
         return rows.view(E, T, -1)
+
+
+class FirstTokens:
+    """Hooks of a model whose head reads each example's first token alone: after the attention of the last layer the
+    others go no further, and no gradient comes from them. Not where the backbone is called by itself."""
+
+    def __init__(self, model: nn.Module, encoder: nn.Module):
+        self._called, self._places = False, None
+        model.register_forward_pre_hook(self._begin)
+        model.register_forward_hook(self._end, always_call=True)
+        encoder.register_forward_pre_hook(self._enter, with_kwargs=True)
+        encoder.layer[-1].attention.output.register_forward_pre_hook(self._cut)
+
+    def _begin(self, model: nn.Module, args: tuple) -> None:
+        self._called = True
+
+    def _end(self, model: nn.Module, args: tuple, output) -> None:
+        self._called, self._places = False, None
+
+    def _enter(self, encoder: nn.Module, args: tuple, kwargs: dict) -> None:
+        packing = kwargs["attention_mask"]
+        if self._called and min(packing.lengths) > 0:
+            starts = [0, *accumulate(packing.lengths)][:-1]
+            self._places = torch.tensor(starts, device=packing.places.device)
+
+    def _cut(self, output: nn.Module, args: tuple) -> tuple | None:
+        """args: the attention's result and what is added to it, (1, M, K) -> (1, E, K)."""
+        return None if self._places is None else tuple(rows.index_select(1, self._places) for rows in args)
+
+
+def _reads_first(model: nn.Module) -> bool:
+    kind = type(model)
+    of_transformers = kind.__module__.startswith("transformers.models.")
+    classifies = of_transformers and kind.__name__.endswith("ForSequenceClassification")
+    return classifies and model.config.model_type in READ_FIRST
 
 
 def pack_encoder(model: nn.Module) -> bool:
@@ -63,6 +104,8 @@ def pack_encoder(model: nn.Module) -> bool:
     encoder = backbone.get_submodule(child)
     encoder.register_forward_pre_hook(_enter, with_kwargs=True)
     encoder.register_forward_hook(_leave, with_kwargs=True)
+    if _reads_first(model):
+        FirstTokens(model, encoder)
     return True
 
 

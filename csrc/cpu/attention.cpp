@@ -80,16 +80,18 @@ inline void store(bf16* to, __m512 values) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), (__m256i)_mm512_cvtneps_pbh(values));
 }
 
-// X (length, D) -> [16 rows][D / 32][plane] tiles [16 rows][16 pairs of columns], zero below.
+// X (length, D) -> [16 rows][D / 32][plane] tiles [16 rows][16 pairs of columns], zero below; fetches the next head.
 template <Index D, class T>
-void take_rows(const T* X, Index stride, Index length, Index padded, bf16* to) {
+void take_rows(Heads<const T> X, Index length, Index padded, bf16* to) {
     constexpr Index planes = PLANES<T>, group = D / STEP * planes * TILE;
     __m512i parts[planes];
     for (Index row = 0; row < padded; ++row)
         for (Index d = 0; d < D / STEP; ++d) {
-            if (row < length)
-                load_planes(X + row * stride + d * STEP, parts);
-            else
+            if (row < length) {
+                const T* from = X.data + row * X.token + d * STEP;
+                load_planes(from, parts);
+                for (Index i = 0; i < STEP; i += 64 / sizeof(T)) _mm_prefetch(from + X.head + i, _MM_HINT_T1);
+            } else
                 for (__m512i& part : parts) part = _mm512_setzero_si512();
             bf16* own = to + row / 16 * group + d * planes * TILE + row % 16 * 32;
             for (Index plane = 0; plane < planes; ++plane) _mm512_store_si512(own + plane * TILE, parts[plane]);
@@ -341,12 +343,12 @@ void forward_task(const AttentionShape& shape, Index example, Index head, Heads<
     bf16 *Q_columns = pieces.take<bf16>(size), *V_turned = pieces.take<bf16>(size);
     bf16* P = pieces.take<bf16>(wide * PLANES<T>);
     float* S = pieces.take<float>(wide);
-    take_rows<D>(q.at(begin, head), q.token, length, padded, rows);
+    take_rows<D>(q.from(begin, head), length, padded, rows);
     turned(rows, size / TILE, Q_columns);
-    take_rows<D>(v.at(begin, head), v.token, length, padded, rows);
+    take_rows<D>(v.from(begin, head), length, padded, rows);
     turned(rows, size / TILE, columns);
     zipped<D, PLANES<T>>(columns, padded, V_turned);
-    take_rows<D>(k.at(begin, head), k.token, length, padded, K);
+    take_rows<D>(k.from(begin, head), length, padded, K);
     float* peaks = softmax + head * shape.tokens() + begin;
     configure();
     forward<D>(length, padded, 1.44269504f * shape.scale, K, Q_columns, V_turned, S, P, out.at(begin, head), out.token,
@@ -367,14 +369,14 @@ void backward_task(const AttentionShape& shape, Index example, Index head, Heads
     bf16 *P_rows = pieces.take<bf16>(wide), *dS_rows = pieces.take<bf16>(wide);
     float* dq_sums = pieces.take<float>(padded * D);
     float *peaks = pieces.take<float>(padded), *shares = pieces.take<float>(padded), *deltas = pieces.take<float>(padded);
-    take_rows<D>(k.at(begin, head), k.token, length, padded, K);
+    take_rows<D>(k.from(begin, head), length, padded, K);
     turned(K, size / TILE, columns);
     zipped<D, PLANES<T>>(columns, padded, K_turned);
-    take_rows<D>(v.at(begin, head), v.token, length, padded, V);
-    take_rows<D>(q.at(begin, head), q.token, length, padded, rows);
+    take_rows<D>(v.from(begin, head), length, padded, V);
+    take_rows<D>(q.from(begin, head), length, padded, rows);
     turned(rows, size / TILE, Q_columns);
     zipped<D, PLANES<T>>(rows, padded, Q_pairs);
-    take_rows<D>(d_out.at(begin, head), d_out.token, length, padded, rows);
+    take_rows<D>(d_out.from(begin, head), length, padded, rows);
     turned(rows, size / TILE, dO_columns);
     zipped<D, PLANES<T>>(rows, padded, dO_pairs);
     const float *own = softmax + head * shape.tokens() + begin, *own_shares = own + shape.heads * shape.tokens();
@@ -384,9 +386,8 @@ void backward_task(const AttentionShape& shape, Index example, Index head, Heads
         deltas[m] = m < length ? dot(out.at(begin + m, head), d_out.at(begin + m, head), D) : 0.0f;
     }
     configure();
-    const Heads<T> dk_here{dk.at(begin, head), dk.token, 0}, dv_here{dv.at(begin, head), dv.token, 0};
     backward<D>(length, padded, shape.scale, {K, V, K_turned, Q_columns, dO_columns, Q_pairs, dO_pairs}, peaks, shares,
-                deltas, P_rows, dS_rows, dq_sums, dk_here, dv_here);
+                deltas, P_rows, dS_rows, dq_sums, dk.from(begin, head), dv.from(begin, head));
     release();
     alignas(64) float scales[STEP];
     for (float& one : scales) one = shape.scale;

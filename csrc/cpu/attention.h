@@ -11,6 +11,7 @@ struct Heads {
     std::int64_t token, head;
 
     T* at(std::int64_t m, std::int64_t h) const { return data + m * token + h * head; }
+    Heads from(std::int64_t m, std::int64_t h) const { return {at(m, h), token, head}; }
 };
 
 // Attention within each of `examples` stretches of tokens: of example e the tokens offsets[e] to offsets[e + 1].
