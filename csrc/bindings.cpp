@@ -172,10 +172,10 @@ void low_rank_backward(const py::tuple& layer, const py::str& kind, Index rows, 
                               reinterpret_cast<float*>(dB), threads);
 }
 
-// shape: (offsets, examples, heads, dim, scale); q, k, ...: (data, stride of tokens, stride of heads).
+// shape: (keys, queries, examples, heads, dim, scale); q, k, ...: (data, stride of tokens, stride of heads).
 federa::AttentionShape attention_shape(const py::tuple& shape) {
-    return {pointer<const std::int64_t>(shape[0]), shape[1].cast<Index>(), shape[2].cast<Index>(),
-            shape[3].cast<Index>(), shape[4].cast<float>()};
+    return {pointer<const std::int64_t>(shape[0]), pointer<const std::int64_t>(shape[1]), shape[2].cast<Index>(),
+            shape[3].cast<Index>(), shape[4].cast<Index>(), shape[5].cast<float>()};
 }
 
 template <class T>

@@ -2,10 +2,11 @@
 
 The embeddings and the task head see padded tensors (E, T, K) as transformers made them; between the two, the encoder's
 layers see (1, M, K), M the number of real tokens, and attention stays within each example. Where the head reads nothing
-but an example's first token, the last layer goes on with (1, E, K), those tokens' rows, after its attention.
+but an example's first token, the last layer's attention leads to those tokens' rows alone, (1, E, K).
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import accumulate
 
 import torch
@@ -46,6 +47,11 @@ class Packing:
         """mask (E, T) bool, True for real tokens, which stand before the padding."""
         return cls(mask.flatten().nonzero().squeeze(1), tuple(mask.sum(1).tolist()), tuple(mask.shape))
 
+    @cached_property
+    def firsts(self) -> Tensor:
+        """(E,) places of the first tokens among the M; no example may be empty."""
+        return torch.tensor([0, *accumulate(self.lengths)][:-1], device=self.places.device)
+
     def pack(self, padded: Tensor) -> Tensor:
         """(E, T, K) -> (1, M, K)."""
         return padded.flatten(0, 1).index_select(0, self.places).unsqueeze(0)
@@ -60,31 +66,47 @@ class Packing:
 
 
 class FirstTokens:
-    """Hooks of a model whose head reads each example's first token alone: after the attention of the last layer the
-    others go no further, and no gradient comes from them. Not where the backbone is called by itself."""
+    """A model whose head reads each example's first token alone: in the last layer only they ask, and the others go no
+    further. Not where the backbone is called by itself."""
 
     def __init__(self, model: nn.Module, encoder: nn.Module):
-        self._called, self._places = False, None
+        self._called, self._packing = False, None
+        attention = encoder.layer[-1].attention
+        self._attention, self._all = attention.self, attention.self.forward
+        attention.self.forward = self._attend
+        attention.output.register_forward_pre_hook(self._cut)
+        encoder.register_forward_pre_hook(self._enter, with_kwargs=True)
         model.register_forward_pre_hook(self._begin)
         model.register_forward_hook(self._end, always_call=True)
-        encoder.register_forward_pre_hook(self._enter, with_kwargs=True)
-        encoder.layer[-1].attention.output.register_forward_pre_hook(self._cut)
 
     def _begin(self, model: nn.Module, args: tuple) -> None:
         self._called = True
 
     def _end(self, model: nn.Module, args: tuple, output) -> None:
-        self._called, self._places = False, None
+        self._called, self._packing = False, None
 
     def _enter(self, encoder: nn.Module, args: tuple, kwargs: dict) -> None:
         packing = kwargs["attention_mask"]
-        if self._called and min(packing.lengths) > 0:
-            starts = [0, *accumulate(packing.lengths)][:-1]
-            self._places = torch.tensor(starts, device=packing.places.device)
+        self._packing = packing if self._called and min(packing.lengths) > 0 else None
+
+    def _attend(self, hidden: Tensor, *args, **kwargs) -> tuple[Tensor, None]:
+        """hidden (1, M, K) -> (1, E, N)."""
+        module, packing = self._attention, self._packing
+        if packing is None:
+            return self._all(hidden, *args, **kwargs)
+        first = module.query(hidden.index_select(1, packing.firsts))
+        rows = (
+            x.squeeze(0).unflatten(1, (-1, module.attention_head_size))
+            for x in (first, module.key(hidden), module.value(hidden))
+        )
+        dropout = module.dropout.p if module.training else 0.0
+        out = packed_attention(*rows, packing.lengths, module.scaling, dropout, [1] * len(packing.lengths))
+        return out.flatten(1).unsqueeze(0), None
 
     def _cut(self, output: nn.Module, args: tuple) -> tuple | None:
-        """args: the attention's result and what is added to it, (1, M, K) -> (1, E, K)."""
-        return None if self._places is None else tuple(rows.index_select(1, self._places) for rows in args)
+        """args: the attention's result (1, E, N) and what its projection is added to, (1, M, K) -> (1, E, K)."""
+        attended, hidden = args
+        return None if self._packing is None else (attended, hidden.index_select(1, self._packing.firsts))
 
 
 def _reads_first(model: nn.Module) -> bool:

@@ -40,6 +40,13 @@ constexpr Index STEP = 32;  // rows, columns and depth of a step
 template <class T>
 constexpr Index PLANES = sizeof(T) == 4 ? 3 : 1;
 
+struct Span {  // of an example's keys or queries
+    Index begin, length, padded;
+
+    Span(const std::int64_t* offsets, Index example)
+        : begin(offsets[example]), length(offsets[example + 1] - begin), padded(blocks(length, STEP) * STEP) {}
+};
+
 FEDERA_TILES_BEGIN
 
 // 2^x for x <= 0: 2^n p(r) with |r| <= 1/2, p of the least largest error (found by Remez' exchange): 2e-9, or 3e-6 where
@@ -82,12 +89,12 @@ inline void store(bf16* to, __m512 values) {
 
 // X (length, D) -> [16 rows][D / 32][plane] tiles [16 rows][16 pairs of columns], zero below; fetches the next head.
 template <Index D, class T>
-void take_rows(Heads<const T> X, Index length, Index padded, bf16* to) {
+void take_rows(Heads<const T> X, Span span, bf16* to) {
     constexpr Index planes = PLANES<T>, group = D / STEP * planes * TILE;
     __m512i parts[planes];
-    for (Index row = 0; row < padded; ++row)
+    for (Index row = 0; row < span.padded; ++row)
         for (Index d = 0; d < D / STEP; ++d) {
-            if (row < length) {
+            if (row < span.length) {
                 const T* from = X.data + row * X.token + d * STEP;
                 load_planes(from, parts);
                 for (Index i = 0; i < STEP; i += 64 / sizeof(T)) _mm_prefetch(from + X.head + i, _MM_HINT_T1);
@@ -205,31 +212,31 @@ inline float dot(const T* a, const T* b, Index D) {
     return _mm512_reduce_add_ps(sum);
 }
 
-// One head of one example of `length` tokens, scores in units of log 2. Buffers are of `padded` = whole 32s.
+// One head of one example, scores in units of log 2.
 template <Index D, class T>
-void forward(Index length, Index padded, float scale, const bf16* K, const bf16* Q_columns, const bf16* V_turned, float* S,
+void forward(Span keys, Span queries, float scale, const bf16* K, const bf16* Q_columns, const bf16* V_turned, float* S,
              bf16* P, T* out, Index stride, float* peaks, float* shares) {
     constexpr Index planes = PLANES<T>, tile = planes * TILE, group = D / STEP * tile;
     const __m512 scales = _mm512_set1_ps(scale);
-    for (Index query = 0; query < padded; query += STEP) {
+    for (Index query = 0; query < queries.padded; query += STEP) {
         __m512 peak[2], sum[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
         peak[0] = peak[1] = _mm512_set1_ps(-std::numeric_limits<float>::infinity());
-        for (Index key = 0; key < padded; key += STEP) {
+        for (Index key = 0; key < keys.padded; key += STEP) {
             product<planes>({K + key / 16 * group, group, tile}, {Q_columns + query / 16 * group, group, tile}, D / STEP,
                             S + key * STEP);
-            for (Index k = key; k < std::min(key + STEP, length); ++k)
+            for (Index k = key; k < std::min(key + STEP, keys.length); ++k)
                 for (int half = 0; half < 2; ++half)
                     peak[half] = _mm512_max_ps(peak[half], _mm512_loadu_ps(S + k * STEP + half * 16));
         }
         for (int half = 0; half < 2; ++half) peak[half] = _mm512_mul_ps(peak[half], scales);
-        for (Index key = 0; key < padded; key += STEP) {
+        for (Index key = 0; key < keys.padded; key += STEP) {
             __m512 own[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};  // summed apart, for short chains of sums
             for (Index pair = 0; pair < 16; ++pair)
                 for (int half = 0; half < 2; ++half) {
                     __m512 p[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
                     for (int i = 0; i < 2; ++i) {
                         const Index k = key + pair + 16 * i;
-                        if (k >= length) break;
+                        if (k >= keys.length) break;
                         const __m512 score = _mm512_loadu_ps(S + k * STEP + half * 16);
                         p[i] = power_of_two<T>(_mm512_fmsub_ps(score, scales, peak[half]));
                         own[half] = _mm512_add_ps(own[half], p[i]);
@@ -241,7 +248,7 @@ void forward(Index length, Index padded, float scale, const bf16* K, const bf16*
                 }
             for (int half = 0; half < 2; ++half) sum[half] = _mm512_add_ps(sum[half], own[half]);
         }
-        const Index count = std::min(STEP, length - query);
+        const Index count = std::min(STEP, queries.length - query);
         alignas(64) float share[32], sums[STEP * STEP];
         for (int half = 0; half < 2; ++half) {
             const __m512 own = _mm512_div_ps(_mm512_set1_ps(1.0f), sum[half]);
@@ -250,7 +257,7 @@ void forward(Index length, Index padded, float scale, const bf16* K, const bf16*
             _mm512_mask_storeu_ps(peaks + query + half * 16, first(count - half * 16), peak[half]);
         }
         for (Index d = 0; d < D; d += STEP) {
-            product<planes>({V_turned + d / 16 * tile, tile, 2 * group}, {P, tile, 2 * tile}, padded / STEP, sums);
+            product<planes>({V_turned + d / 16 * tile, tile, 2 * group}, {P, tile, 2 * tile}, keys.padded / STEP, sums);
             store_columns(sums, share, count, out + query * stride + d, stride);
         }
     }
@@ -262,22 +269,22 @@ struct Operands {  // of the backward
 
 // dq_sums: [32 queries][D / 32] (32, 32) of dq^T.
 template <Index D, class T>
-void backward(Index length, Index padded, float scale, const Operands& x, const float* peaks, const float* shares,
+void backward(Span keys, Span queries, float scale, const Operands& x, const float* peaks, const float* shares,
               const float* deltas, bf16* P_rows, bf16* dS_rows, float* dq_sums, Heads<T> dk, Heads<T> dv) {
     constexpr Index planes = PLANES<T>, tile = planes * TILE, group = D / STEP * tile;
     const __m512 scales = _mm512_set1_ps(1.44269504f * scale);
     alignas(64) float S[STEP * STEP], dP[STEP * STEP];
     alignas(64) bf16 dS_pairs[2 * tile];
-    std::memset(dq_sums, 0, padded * D * sizeof(float));
-    for (Index key = 0; key < padded; key += STEP) {
-        for (Index query = 0; query < padded; query += STEP) {
+    std::memset(dq_sums, 0, queries.padded * D * sizeof(float));
+    for (Index key = 0; key < keys.padded; key += STEP) {
+        for (Index query = 0; query < queries.padded; query += STEP) {
             const Factor Q{x.Q_columns + query / 16 * group, group, tile}, dO{x.dO_columns + query / 16 * group, group, tile};
             product<planes>({x.K + key / 16 * group, group, tile}, Q, D / STEP, S);
             product<planes>({x.V + key / 16 * group, group, tile}, dO, D / STEP, dP);
             for (Index pair = 0; pair < 16; ++pair) {
                 __m512 p[2][2] = {}, ds[2][2] = {};  // [key][half of the queries]
                 for (int i = 0; i < 2; ++i) {
-                    if (key + pair + 16 * i >= length) break;
+                    if (key + pair + 16 * i >= keys.length) break;
                     for (int half = 0; half < 2; ++half) {
                         const Index at = (pair + 16 * i) * STEP + half * 16, q = query + half * 16;
                         const __m512 e = power_of_two<T>(_mm512_fmsub_ps(_mm512_load_ps(S + at), scales, _mm512_loadu_ps(peaks + q)));
@@ -305,10 +312,10 @@ void backward(Index length, Index padded, float scale, const Operands& x, const 
         }
         for (Index d = 0; d < D; d += STEP) {
             const Factor dO{x.dO_pairs + d / 16 * tile, tile, 2 * group}, Q{x.Q_pairs + d / 16 * tile, tile, 2 * group};
-            product<planes>({P_rows, tile, 2 * tile}, dO, padded / STEP, S);
-            store_rows(S, 1.0f, length - key, dv.data + key * dv.token + d, dv.token);
-            product<planes>({dS_rows, tile, 2 * tile}, Q, padded / STEP, S);
-            store_rows(S, scale, length - key, dk.data + key * dk.token + d, dk.token);
+            product<planes>({P_rows, tile, 2 * tile}, dO, queries.padded / STEP, S);
+            store_rows(S, 1.0f, keys.length - key, dv.data + key * dv.token + d, dv.token);
+            product<planes>({dS_rows, tile, 2 * tile}, Q, queries.padded / STEP, S);
+            store_rows(S, scale, keys.length - key, dk.data + key * dk.token + d, dk.token);
         }
     }
 }
@@ -336,23 +343,25 @@ thread_local Pieces pieces;
 template <Index D, class T>
 void forward_task(const AttentionShape& shape, Index example, Index head, Heads<const T> q, Heads<const T> k,
                   Heads<const T> v, Heads<T> out, float* softmax) {
-    const Index begin = shape.offsets[example], length = shape.offsets[example + 1] - begin;
-    const Index padded = blocks(length, STEP) * STEP, size = padded * D * PLANES<T>, wide = padded * STEP;
-    pieces.begin((5 * size + wide * PLANES<T>) * sizeof(bf16) + wide * sizeof(float));
-    bf16 *rows = pieces.take<bf16>(size), *columns = pieces.take<bf16>(size), *K = pieces.take<bf16>(size);
-    bf16 *Q_columns = pieces.take<bf16>(size), *V_turned = pieces.take<bf16>(size);
+    const Span keys(shape.keys, example), queries(shape.queries, example);
+    const Index size = keys.padded * D * PLANES<T>, query_size = queries.padded * D * PLANES<T>, wide = keys.padded * STEP;
+    pieces.begin((3 * size + query_size + std::max(size, query_size) + wide * PLANES<T>) * sizeof(bf16) +
+                 wide * sizeof(float));
+    bf16 *rows = pieces.take<bf16>(std::max(size, query_size)), *columns = pieces.take<bf16>(size);
+    bf16 *K = pieces.take<bf16>(size), *V_turned = pieces.take<bf16>(size), *Q_columns = pieces.take<bf16>(query_size);
     bf16* P = pieces.take<bf16>(wide * PLANES<T>);
     float* S = pieces.take<float>(wide);
-    take_rows<D>(q.from(begin, head), length, padded, rows);
-    turned(rows, size / TILE, Q_columns);
-    take_rows<D>(v.from(begin, head), length, padded, rows);
+    take_rows<D>(q.from(queries.begin, head), queries, rows);
+    turned(rows, query_size / TILE, Q_columns);
+    take_rows<D>(v.from(keys.begin, head), keys, rows);
     turned(rows, size / TILE, columns);
-    zipped<D, PLANES<T>>(columns, padded, V_turned);
-    take_rows<D>(k.from(begin, head), length, padded, K);
-    float* peaks = softmax + head * shape.tokens() + begin;
+    zipped<D, PLANES<T>>(columns, keys.padded, V_turned);
+    take_rows<D>(k.from(keys.begin, head), keys, K);
+    const Index all = shape.queries[shape.examples];
+    float* peaks = softmax + head * all + queries.begin;
     configure();
-    forward<D>(length, padded, 1.44269504f * shape.scale, K, Q_columns, V_turned, S, P, out.at(begin, head), out.token,
-               peaks, peaks + shape.heads * shape.tokens());
+    forward<D>(keys, queries, 1.44269504f * shape.scale, K, Q_columns, V_turned, S, P, out.at(queries.begin, head),
+               out.token, peaks, peaks + shape.heads * all);
     release();
 }
 
@@ -360,41 +369,45 @@ template <Index D, class T>
 void backward_task(const AttentionShape& shape, Index example, Index head, Heads<const T> q, Heads<const T> k,
                    Heads<const T> v, Heads<const T> out, const float* softmax, Heads<const T> d_out, Heads<T> dq,
                    Heads<T> dk, Heads<T> dv) {
-    const Index begin = shape.offsets[example], length = shape.offsets[example + 1] - begin;
-    const Index padded = blocks(length, STEP) * STEP, size = padded * D * PLANES<T>, wide = padded * STEP * PLANES<T>;
-    pieces.begin((9 * size + 2 * wide) * sizeof(bf16) + (padded * D + 3 * padded) * sizeof(float));
-    bf16 *rows = pieces.take<bf16>(size), *columns = pieces.take<bf16>(size), *K = pieces.take<bf16>(size);
-    bf16 *V = pieces.take<bf16>(size), *K_turned = pieces.take<bf16>(size), *Q_columns = pieces.take<bf16>(size);
-    bf16 *dO_columns = pieces.take<bf16>(size), *Q_pairs = pieces.take<bf16>(size), *dO_pairs = pieces.take<bf16>(size);
+    const Span keys(shape.keys, example), queries(shape.queries, example);
+    const Index size = keys.padded * D * PLANES<T>, query_size = queries.padded * D * PLANES<T>;
+    const Index wide = queries.padded * STEP * PLANES<T>, padded = queries.padded;
+    pieces.begin((4 * size + 5 * query_size + 2 * wide) * sizeof(bf16) + (padded * D + 3 * padded) * sizeof(float));
+    bf16 *K = pieces.take<bf16>(size), *V = pieces.take<bf16>(size), *columns = pieces.take<bf16>(size);
+    bf16 *K_turned = pieces.take<bf16>(size), *rows = pieces.take<bf16>(query_size);
+    bf16 *Q_columns = pieces.take<bf16>(query_size), *Q_pairs = pieces.take<bf16>(query_size);
+    bf16 *dO_columns = pieces.take<bf16>(query_size), *dO_pairs = pieces.take<bf16>(query_size);
     bf16 *P_rows = pieces.take<bf16>(wide), *dS_rows = pieces.take<bf16>(wide);
     float* dq_sums = pieces.take<float>(padded * D);
     float *peaks = pieces.take<float>(padded), *shares = pieces.take<float>(padded), *deltas = pieces.take<float>(padded);
-    take_rows<D>(k.from(begin, head), length, padded, K);
+    take_rows<D>(k.from(keys.begin, head), keys, K);
     turned(K, size / TILE, columns);
-    zipped<D, PLANES<T>>(columns, padded, K_turned);
-    take_rows<D>(v.from(begin, head), length, padded, V);
-    take_rows<D>(q.from(begin, head), length, padded, rows);
-    turned(rows, size / TILE, Q_columns);
+    zipped<D, PLANES<T>>(columns, keys.padded, K_turned);
+    take_rows<D>(v.from(keys.begin, head), keys, V);
+    take_rows<D>(q.from(queries.begin, head), queries, rows);
+    turned(rows, query_size / TILE, Q_columns);
     zipped<D, PLANES<T>>(rows, padded, Q_pairs);
-    take_rows<D>(d_out.from(begin, head), length, padded, rows);
-    turned(rows, size / TILE, dO_columns);
+    take_rows<D>(d_out.from(queries.begin, head), queries, rows);
+    turned(rows, query_size / TILE, dO_columns);
     zipped<D, PLANES<T>>(rows, padded, dO_pairs);
-    const float *own = softmax + head * shape.tokens() + begin, *own_shares = own + shape.heads * shape.tokens();
+    const Index all = shape.queries[shape.examples];
+    const float *own = softmax + head * all + queries.begin, *own_shares = own + shape.heads * all;
     for (Index m = 0; m < padded; ++m) {  // beyond the example probabilities are 0
-        peaks[m] = m < length ? own[m] : 0.0f;
-        shares[m] = m < length ? own_shares[m] : 0.0f;
-        deltas[m] = m < length ? dot(out.at(begin + m, head), d_out.at(begin + m, head), D) : 0.0f;
+        const bool there = m < queries.length;
+        peaks[m] = there ? own[m] : 0.0f;
+        shares[m] = there ? own_shares[m] : 0.0f;
+        deltas[m] = there ? dot(out.at(queries.begin + m, head), d_out.at(queries.begin + m, head), D) : 0.0f;
     }
     configure();
-    backward<D>(length, padded, shape.scale, {K, V, K_turned, Q_columns, dO_columns, Q_pairs, dO_pairs}, peaks, shares,
-                deltas, P_rows, dS_rows, dq_sums, dk.from(begin, head), dv.from(begin, head));
+    backward<D>(keys, queries, shape.scale, {K, V, K_turned, Q_columns, dO_columns, Q_pairs, dO_pairs}, peaks, shares,
+                deltas, P_rows, dS_rows, dq_sums, dk.from(keys.begin, head), dv.from(keys.begin, head));
     release();
     alignas(64) float scales[STEP];
     for (float& one : scales) one = shape.scale;
-    for (Index query = 0; query < length; query += STEP)
+    for (Index query = 0; query < queries.length; query += STEP)
         for (Index d = 0; d < D; d += STEP)
-            store_columns(dq_sums + query * D + d * STEP, scales, std::min(STEP, length - query),
-                          dq.at(begin + query, head) + d, dq.token);
+            store_columns(dq_sums + query * D + d * STEP, scales, std::min(STEP, queries.length - query),
+                          dq.at(queries.begin + query, head) + d, dq.token);
 }
 
 }  // namespace

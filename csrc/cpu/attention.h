@@ -14,13 +14,12 @@ struct Heads {
     Heads from(std::int64_t m, std::int64_t h) const { return {at(m, h), token, head}; }
 };
 
-// Attention within each of `examples` stretches of tokens: of example e the tokens offsets[e] to offsets[e + 1].
+// Attention within each of `examples` stretches of tokens: example e has the keys and values keys[e] to keys[e + 1] and
+// the queries queries[e] to queries[e + 1].
 struct AttentionShape {
-    const std::int64_t* offsets;
+    const std::int64_t *keys, *queries;
     std::int64_t examples, heads, dim;
     float scale;
-
-    std::int64_t tokens() const { return offsets[examples]; }
 };
 
 // Whether the kernels below run here (AMX) and take heads of this size.
@@ -30,7 +29,7 @@ bool attention_available(std::int64_t dim);
 // three bfloat16s an entry, six products (lora_linear.h).
 
 // out = softmax(scale q k^T) v. The backward is given of each row log2(e) times the largest scaled score and one over the
-// sum of exponentials: softmax (2, heads, tokens).
+// sum of exponentials: softmax (2, heads, queries).
 template <class T>
 void attention_forward(const AttentionShape& shape, Heads<const T> q, Heads<const T> k, Heads<const T> v, Heads<T> out,
                        float* softmax, int threads);
