@@ -86,7 +86,7 @@ def test_only_first_tokens_leave_the_last_attention(family):
 @pytest.mark.parametrize("head", ["AutoModelForTokenClassification", "AutoModelForQuestionAnswering"])
 def test_heads_that_read_all_tokens_get_them(head):
     torch.manual_seed(0)
-    model = getattr(hf, head).from_config(copy.deepcopy(SMALL["bert"])).double().eval()
+    model = getattr(hf, head).from_config(hf.BertConfig(**SIZE | {"num_labels": 2}, **USUAL)).double().eval()
     packed = copy.deepcopy(model)
     pack_encoder(packed)
     batch = batch_of([2, 7, 3])
