@@ -209,15 +209,16 @@ void attention_backward_of(const py::tuple& shape, const py::tuple& q, const py:
 void attention_forward(const py::str& kind, const py::tuple& shape, const py::tuple& q, const py::tuple& k,
                        const py::tuple& v, const py::tuple& out, Address softmax, int threads) {
     const bool wide = kind_of(kind) == federa::Kind::float32;
-    (wide ? attention_forward_of<float> : attention_forward_of<std::uint16_t>)(shape, q, k, v, out, softmax, threads);
+    const auto run = wide ? attention_forward_of<float> : attention_forward_of<std::uint16_t>;
+    run(shape, q, k, v, out, softmax, threads);
 }
 
 void attention_backward(const py::str& kind, const py::tuple& shape, const py::tuple& q, const py::tuple& k,
                         const py::tuple& v, const py::tuple& out, Address softmax, const py::tuple& d_out,
                         const py::tuple& dq, const py::tuple& dk, const py::tuple& dv, int threads) {
     const bool wide = kind_of(kind) == federa::Kind::float32;
-    (wide ? attention_backward_of<float> : attention_backward_of<std::uint16_t>)(shape, q, k, v, out, softmax, d_out, dq,
-                                                                                 dk, dv, threads);
+    const auto run = wide ? attention_backward_of<float> : attention_backward_of<std::uint16_t>;
+    run(shape, q, k, v, out, softmax, d_out, dq, dk, dv, threads);
 }
 
 // Of each (A, N, K, lda, rank, block, columns, goal, gram, U, S, Vh, left): (status, ||A V - U S||, following, matvecs).

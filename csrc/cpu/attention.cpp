@@ -49,11 +49,11 @@ struct Span {  // of an example's keys or queries
 
 FEDERA_TILES_BEGIN
 
-// 2^x for x <= 0: 2^n p(r) with |r| <= 1/2, p of the least largest error (found by Remez' exchange): 2e-9, or 3e-6 where
-// what follows is rounded to 4e-3. Below 2^-100 it stops: numbers too small to be normal take hundreds of cycles.
+// 2^x for x <= 0: 2^n p(r) with |r| <= 1/2, p of the least largest error (found by Remez' exchange): 2e-9, or 3e-6
+// where what follows is rounded to 4e-3. Below 2^-100 it stops: numbers too small to be normal take many cycles.
 template <class T>
 inline __m512 power_of_two(__m512 x) {
-    constexpr float exact[] = {1.5345812e-4f, 1.3399931e-3f, 9.618489e-3f, 5.5503286e-2f, 0.24022646f, 0.6931472f, 1.0f};
+    constexpr float exact[] = {1.5345812e-4f, 1.3399931e-3f, 9.618489e-3f, 5.5503286e-2f, 0.24022646f, 0.6931472f, 1};
     constexpr float rough[] = {9.570102e-3f, 5.591786e-2f, 0.24024744f, 0.6931218f, 0.9999993f};
     x = _mm512_max_ps(x, _mm512_set1_ps(-100.0f));
     const __m512 n = _mm512_roundscale_ps(x, 8), r = _mm512_sub_ps(x, n);
@@ -65,13 +65,16 @@ inline __m512 power_of_two(__m512 x) {
     return _mm512_scalef_ps(p, n);
 }
 
-// Entries i of `low` and `high` side by side, in every plane.
+// Entries i of `low` and `high` side by side: a row in the tile of every plane.
 template <class T>
-inline void take_apart(__m512 low, __m512 high, __m512i planes[]) {
-    if constexpr (sizeof(T) == 4)
+inline void store_apart(__m512 low, __m512 high, bf16* to) {
+    if constexpr (sizeof(T) == 4) {
+        __m512i planes[3];
         cut(low, high, planes);
-    else
-        planes[0] = interleaved((__m512i)_mm512_cvtne2ps_pbh(high, low));
+        for (Index plane = 0; plane < 3; ++plane) _mm512_store_si512(to + plane * TILE, planes[plane]);
+    } else {
+        _mm512_store_si512(to, interleaved((__m512i)_mm512_cvtne2ps_pbh(high, low)));
+    }
 }
 
 inline void load_planes(const float* from, __m512i planes[]) {
@@ -122,10 +125,13 @@ void zipped(const bf16* tiles, Index padded, bf16* to) {
     for (const bf16* end = tiles + padded / 16 * group; tiles < end; tiles += 2 * group)
         for (Index d = 0; d < D / STEP; ++d, to += 2 * P * TILE)
             for (Index i = 0; i < P * TILE; i += 32) {
+                constexpr __mmask32 upper = 0xaaaaaaaa;
                 const __m512i low = _mm512_load_si512(tiles + d * P * TILE + i);
                 const __m512i high = _mm512_load_si512(tiles + d * P * TILE + i + group);
-                _mm512_store_si512(to + i, _mm512_mask_blend_epi16(0xaaaaaaaa, low, _mm512_slli_epi32(high, 16)));
-                _mm512_store_si512(to + i + P * TILE, _mm512_mask_blend_epi16(0xaaaaaaaa, _mm512_srli_epi32(low, 16), high));
+                const __m512i lows = _mm512_mask_blend_epi16(upper, low, _mm512_slli_epi32(high, 16));
+                const __m512i highs = _mm512_mask_blend_epi16(upper, _mm512_srli_epi32(low, 16), high);
+                _mm512_store_si512(to + i, lows);
+                _mm512_store_si512(to + i + P * TILE, highs);
             }
 }
 
@@ -214,16 +220,16 @@ inline float dot(const T* a, const T* b, Index D) {
 
 // One head of one example, scores in units of log 2.
 template <Index D, class T>
-void forward(Span keys, Span queries, float scale, const bf16* K, const bf16* Q_columns, const bf16* V_turned, float* S,
-             bf16* P, T* out, Index stride, float* peaks, float* shares) {
+void forward(Span keys, Span queries, float scale, const bf16* K, const bf16* Q_columns, const bf16* V_turned,
+             float* S, bf16* P, T* out, Index stride, float* peaks, float* shares) {
     constexpr Index planes = PLANES<T>, tile = planes * TILE, group = D / STEP * tile;
     const __m512 scales = _mm512_set1_ps(scale);
     for (Index query = 0; query < queries.padded; query += STEP) {
+        const Factor Q{Q_columns + query / 16 * group, group, tile};
         __m512 peak[2], sum[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
         peak[0] = peak[1] = _mm512_set1_ps(-std::numeric_limits<float>::infinity());
         for (Index key = 0; key < keys.padded; key += STEP) {
-            product<planes>({K + key / 16 * group, group, tile}, {Q_columns + query / 16 * group, group, tile}, D / STEP,
-                            S + key * STEP);
+            product<planes>({K + key / 16 * group, group, tile}, Q, D / STEP, S + key * STEP);
             for (Index k = key; k < std::min(key + STEP, keys.length); ++k)
                 for (int half = 0; half < 2; ++half)
                     peak[half] = _mm512_max_ps(peak[half], _mm512_loadu_ps(S + k * STEP + half * 16));
@@ -241,10 +247,7 @@ void forward(Span keys, Span queries, float scale, const bf16* K, const bf16* Q_
                         p[i] = power_of_two<T>(_mm512_fmsub_ps(score, scales, peak[half]));
                         own[half] = _mm512_add_ps(own[half], p[i]);
                     }
-                    __m512i parts[planes];
-                    take_apart<T>(p[0], p[1], parts);
-                    for (Index plane = 0; plane < planes; ++plane)
-                        _mm512_store_si512(P + key / 16 * tile + half * tile + plane * TILE + pair * 32, parts[plane]);
+                    store_apart<T>(p[0], p[1], P + key / 16 * tile + half * tile + pair * 32);
                 }
             for (int half = 0; half < 2; ++half) sum[half] = _mm512_add_ps(sum[half], own[half]);
         }
@@ -257,7 +260,8 @@ void forward(Span keys, Span queries, float scale, const bf16* K, const bf16* Q_
             _mm512_mask_storeu_ps(peaks + query + half * 16, first(count - half * 16), peak[half]);
         }
         for (Index d = 0; d < D; d += STEP) {
-            product<planes>({V_turned + d / 16 * tile, tile, 2 * group}, {P, tile, 2 * tile}, keys.padded / STEP, sums);
+            const Factor V{V_turned + d / 16 * tile, tile, 2 * group};
+            product<planes>(V, {P, tile, 2 * tile}, keys.padded / STEP, sums);
             store_columns(sums, share, count, out + query * stride + d, stride);
         }
     }
@@ -278,7 +282,8 @@ void backward(Span keys, Span queries, float scale, const Operands& x, const flo
     std::memset(dq_sums, 0, queries.padded * D * sizeof(float));
     for (Index key = 0; key < keys.padded; key += STEP) {
         for (Index query = 0; query < queries.padded; query += STEP) {
-            const Factor Q{x.Q_columns + query / 16 * group, group, tile}, dO{x.dO_columns + query / 16 * group, group, tile};
+            const Factor Q{x.Q_columns + query / 16 * group, group, tile};
+            const Factor dO{x.dO_columns + query / 16 * group, group, tile};
             product<planes>({x.K + key / 16 * group, group, tile}, Q, D / STEP, S);
             product<planes>({x.V + key / 16 * group, group, tile}, dO, D / STEP, dP);
             for (Index pair = 0; pair < 16; ++pair) {
@@ -287,31 +292,28 @@ void backward(Span keys, Span queries, float scale, const Operands& x, const flo
                     if (key + pair + 16 * i >= keys.length) break;
                     for (int half = 0; half < 2; ++half) {
                         const Index at = (pair + 16 * i) * STEP + half * 16, q = query + half * 16;
-                        const __m512 e = power_of_two<T>(_mm512_fmsub_ps(_mm512_load_ps(S + at), scales, _mm512_loadu_ps(peaks + q)));
+                        const __m512 score = _mm512_load_ps(S + at), change = _mm512_load_ps(dP + at);
+                        const __m512 e = power_of_two<T>(_mm512_fmsub_ps(score, scales, _mm512_loadu_ps(peaks + q)));
                         p[i][half] = _mm512_mul_ps(e, _mm512_loadu_ps(shares + q));
-                        ds[i][half] = _mm512_mul_ps(p[i][half], _mm512_sub_ps(_mm512_load_ps(dP + at), _mm512_loadu_ps(deltas + q)));
+                        ds[i][half] = _mm512_mul_ps(p[i][half], _mm512_sub_ps(change, _mm512_loadu_ps(deltas + q)));
                     }
                 }
-                __m512i parts[planes];
+                const Index row = query / 16 * tile + pair * 32;
                 for (int i = 0; i < 2; ++i) {
-                    const Index at = query / 16 * tile + i * tile + pair * 32;
-                    take_apart<T>(p[i][0], p[i][1], parts);
-                    for (Index plane = 0; plane < planes; ++plane) _mm512_store_si512(P_rows + at + plane * TILE, parts[plane]);
-                    take_apart<T>(ds[i][0], ds[i][1], parts);
-                    for (Index plane = 0; plane < planes; ++plane) _mm512_store_si512(dS_rows + at + plane * TILE, parts[plane]);
+                    store_apart<T>(p[i][0], p[i][1], P_rows + row + i * tile);
+                    store_apart<T>(ds[i][0], ds[i][1], dS_rows + row + i * tile);
                 }
-                for (int half = 0; half < 2; ++half) {
-                    take_apart<T>(ds[0][half], ds[1][half], parts);
-                    for (Index plane = 0; plane < planes; ++plane)
-                        _mm512_store_si512(dS_pairs + half * tile + plane * TILE + pair * 32, parts[plane]);
-                }
+                for (int half = 0; half < 2; ++half)
+                    store_apart<T>(ds[0][half], ds[1][half], dS_pairs + half * tile + pair * 32);
             }
-            for (Index d = 0; d < D; d += STEP)
-                product<planes, true>({x.K_turned + key / STEP * 2 * group + d / 16 * tile, tile, 0}, {dS_pairs, tile, 0}, 1,
-                                      dq_sums + query * D + d * STEP);
+            for (Index d = 0; d < D; d += STEP) {
+                const Factor K{x.K_turned + key / 16 * group + d / 16 * tile, tile, 0};
+                product<planes, true>(K, {dS_pairs, tile, 0}, 1, dq_sums + query * D + d * STEP);
+            }
         }
         for (Index d = 0; d < D; d += STEP) {
-            const Factor dO{x.dO_pairs + d / 16 * tile, tile, 2 * group}, Q{x.Q_pairs + d / 16 * tile, tile, 2 * group};
+            const Factor dO{x.dO_pairs + d / 16 * tile, tile, 2 * group};
+            const Factor Q{x.Q_pairs + d / 16 * tile, tile, 2 * group};
             product<planes>({P_rows, tile, 2 * tile}, dO, queries.padded / STEP, S);
             store_rows(S, 1.0f, keys.length - key, dv.data + key * dv.token + d, dv.token);
             product<planes>({dS_rows, tile, 2 * tile}, Q, queries.padded / STEP, S);
@@ -344,7 +346,8 @@ template <Index D, class T>
 void forward_task(const AttentionShape& shape, Index example, Index head, Heads<const T> q, Heads<const T> k,
                   Heads<const T> v, Heads<T> out, float* softmax) {
     const Span keys(shape.keys, example), queries(shape.queries, example);
-    const Index size = keys.padded * D * PLANES<T>, query_size = queries.padded * D * PLANES<T>, wide = keys.padded * STEP;
+    const Index size = keys.padded * D * PLANES<T>, query_size = queries.padded * D * PLANES<T>;
+    const Index wide = keys.padded * STEP;
     pieces.begin((3 * size + query_size + std::max(size, query_size) + wide * PLANES<T>) * sizeof(bf16) +
                  wide * sizeof(float));
     bf16 *rows = pieces.take<bf16>(std::max(size, query_size)), *columns = pieces.take<bf16>(size);
@@ -379,7 +382,8 @@ void backward_task(const AttentionShape& shape, Index example, Index head, Heads
     bf16 *dO_columns = pieces.take<bf16>(query_size), *dO_pairs = pieces.take<bf16>(query_size);
     bf16 *P_rows = pieces.take<bf16>(wide), *dS_rows = pieces.take<bf16>(wide);
     float* dq_sums = pieces.take<float>(padded * D);
-    float *peaks = pieces.take<float>(padded), *shares = pieces.take<float>(padded), *deltas = pieces.take<float>(padded);
+    float *peaks = pieces.take<float>(padded), *shares = pieces.take<float>(padded);
+    float* deltas = pieces.take<float>(padded);
     take_rows<D>(k.from(keys.begin, head), keys, K);
     turned(K, size / TILE, columns);
     zipped<D, PLANES<T>>(columns, keys.padded, K_turned);
@@ -435,10 +439,10 @@ void attention_backward(const AttentionShape& shape, Heads<const T> q, Heads<con
 
 #endif
 
-#define FEDERA_ATTENTION(T)                                                                                             \
-    template void attention_forward(const AttentionShape&, Heads<const T>, Heads<const T>, Heads<const T>, Heads<T>,    \
-                                    float*, int);                                                                      \
-    template void attention_backward(const AttentionShape&, Heads<const T>, Heads<const T>, Heads<const T>,             \
+#define FEDERA_ATTENTION(T)                                                                                          \
+    template void attention_forward(const AttentionShape&, Heads<const T>, Heads<const T>, Heads<const T>, Heads<T>, \
+                                    float*, int);                                                                    \
+    template void attention_backward(const AttentionShape&, Heads<const T>, Heads<const T>, Heads<const T>,          \
                                      Heads<const T>, const float*, Heads<const T>, Heads<T>, Heads<T>, Heads<T>, int);
 FEDERA_ATTENTION(float)
 FEDERA_ATTENTION(std::uint16_t)

@@ -25,11 +25,11 @@ struct AttentionShape {
 // Whether the kernels below run here (AMX) and take heads of this size.
 bool attention_available(std::int64_t dim);
 
-// Both are there for float32 (T: float) and bfloat16 (T: std::uint16_t). In float32 all products are as exact as float32:
-// three bfloat16s an entry, six products (lora_linear.h).
+// Both are there for float32 (T: float) and bfloat16 (T: std::uint16_t). In float32 all products are as exact as
+// float32: three bfloat16s an entry, six products (lora_linear.h).
 
-// out = softmax(scale q k^T) v. The backward is given of each row log2(e) times the largest scaled score and one over the
-// sum of exponentials: softmax (2, heads, queries).
+// out = softmax(scale q k^T) v. The backward is given of each query log2(e) times the largest scaled score and one over
+// the sum of exponentials: softmax (2, heads, queries).
 template <class T>
 void attention_forward(const AttentionShape& shape, Heads<const T> q, Heads<const T> k, Heads<const T> v, Heads<T> out,
                        float* softmax, int threads);
