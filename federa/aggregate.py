@@ -85,8 +85,9 @@ class Aggregate:
     moves    name of a frozen weight -> (left, right) float64: left @ right (N, K) is added to it; or that as it is
     ranks    name -> rank of its move as it is sent
     memory   of a server's optimiser that has stepped already
-    drift    ||s (sum_c p_c B_c A_c - B A)|| / ||s (sum_c p_c B_c A_c - X)|| over all layers, B A the next product and X
-             the one before; None where it is not measured or zero by construction
+    drift    ||s (sum_c p_c B_c A_c - B A)|| / ||s (sum_c p_c B_c A_c - X)|| over all layers, B A the product of what
+             the server's optimiser steps towards and X the one before; None where it is not measured or zero by
+             construction
     """
 
     mean: dict[str, torch.Tensor]

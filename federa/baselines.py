@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 
 from federa.client import train_client
-from federa.config import Config, changed, config_digest, head_only
+from federa.config import Config, changed, config_digest, without_adapters
 from federa.errors import InputError
-from federa.experiment import Experiment, build, partition_of
+from federa.experiment import Experiment, build, cheapest
 from federa.folder import RunFolder
 from federa.metrics import METRICS
 from federa.partition import partition_like
@@ -48,9 +48,8 @@ def run_baseline(name: str, config: Config, output: str | Path, watch: Watch) ->
         if {field: row.get(field) for field in key} == key:
             return row
         raise InputError(f"{output}: already holds a baseline of another run; choose another --output or delete it")
-    frozen = head_only(config)
     if name == "head-only":
-        result = run(frozen, output, watch=watch)
+        result = run(without_adapters(config), output, watch=watch)
         row = _row(name, config, result.test, "federated, backbone frozen")
     elif name == "pooled":
         result = run(_pooled(config), output, watch=watch)
@@ -58,7 +57,7 @@ def run_baseline(name: str, config: Config, output: str | Path, watch: Watch) ->
     else:
         folder = RunFolder.create(output, config)
         with folder.lock():
-            row = linear_probe(build(frozen)) if name == "linear-probe" else local_only(config, watch)
+            row = linear_probe(build(without_adapters(config))) if name == "linear-probe" else local_only(config, watch)
     RunFolder(output).write_json("baseline.json", row | key)
     return row
 
@@ -168,7 +167,7 @@ def _pooled(config: Config) -> Config:
     config = _single(config)
     client = config.client
     batch = client.batch_size * client.accumulate
-    sizes = [len(own) for own in partition_of(config)[1].indices]
+    sizes = [len(own) for own in build(cheapest(config)).clients]  # in examples, of which a question gives several
     seen = [client.epochs * size if client.steps is None else client.steps * min(batch, size) for size in sizes]
     total = config.server.rounds * (config.server.clients_per_round or len(sizes)) * float(np.mean(seen))
     return changed(

@@ -305,7 +305,8 @@ f is the floor of `server.hostile` times C. `server.clip_update` shortens longer
 `method.client_ranks` gives client c the rank client_ranks[c mod length] (HetLoRA, arXiv 2401.06432, without its
 pruning): it gets the first rows of A and columns of B, zero-padded they come back; fedavg weighs them by
 ||s B_c A_c||, flora stacks them, flexlora cuts to them. `drift` is ||s (sum p_c B_c A_c - B A)|| over
-||s (sum p_c B_c A_c - X)||, over all layers, of the model that the round gives.
+||s (sum p_c B_c A_c - X)||, over all layers, with the factors that the aggregation gives, before FedAvgM, FedAdam or a
+`server.lr` steps towards them.
 
 A client that missed rounds receives all moves it missed, a layer as factors or as one dense change, whichever is
 smaller. Moved weights are kept in each checkpoint, and exports of such a run are merged or residual.

@@ -56,7 +56,7 @@ def run(
             raise InputError("--baseline, --yardsticks: run in one process, got torchrun; run them without it")
         if ranks.join() > 0:
             return ranks.serve()
-    with RunProgress(console) as watch:
+    with ranks.leading(), RunProgress(console) as watch:
         if baseline is not None:
             row = baselines.run_baseline(baseline, resolved, folder, watch)
             judged = METRICS[resolved.task.name]
@@ -77,7 +77,7 @@ def resume(directory: RunDir, set: Set = None) -> None:
 
     if ranks.count() > 1 and ranks.join() > 0:
         return ranks.serve()
-    with RunProgress(console) as watch:
+    with ranks.leading(), RunProgress(console) as watch:
         if is_over_sites(directory):
             watch.bars.stop()
             resume_project(directory, set or [])

@@ -286,7 +286,7 @@ def choose_size(experiment: "Experiment") -> int:
     if config.run.cohort != "auto":
         return config.run.cohort
     if device.type == "cpu" and not is_packed(experiment.learner.model):
-        return 1  # four clients of a small DeBERTa or GPT-2 took 1.2 to 1.6 times as long together
+        return 1  # four clients of a small DeBERTa or GPT-2 took twice as long together, 2026-11-23
     tokens = config.client.batch_size * float(experiment.train.lengths.mean())
     filling = round(TOKENS_A_STEP.get(device.type, TOKENS_A_STEP["cpu"]) / tokens)
     fitting = int(MEMORY_SHARE * free_memory(device) / memory_of_client(experiment))

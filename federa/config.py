@@ -312,10 +312,10 @@ def changed(config: Config, **sections: Mapping[str, Any]) -> Config:
     return load_config(values)
 
 
-def head_only(config: Config) -> Config:
-    """The same run with a frozen backbone, and what only adapters allow set back."""
+def without_adapters(config: Config, method: str = "head-only") -> Config:
+    """The same run by a method that has none, and what only adapters allow set back."""
     aggregation = "fedavg" if config.server.aggregation in PRODUCTS else config.server.aggregation
-    return changed(config, method={"name": "head-only", "client_ranks": None}, server={"aggregation": aggregation})
+    return changed(config, method={"name": method, "client_ranks": None}, server={"aggregation": aggregation})
 
 
 def anchored(config: Config) -> Config:

@@ -251,7 +251,9 @@ def _definition(tokenizer: "PreTrainedTokenizerBase") -> list[Any]:
     """All that decides a tokenizer's output, but not what a call sets: truncation and padding."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
-        return [type(tokenizer).__name__, tokenizer.truncation_side, sorted(tokenizer.get_vocab().items())]
+        settings = sorted((name, repr(value)) for name, value in tokenizer.init_kwargs.items())
+        vocabulary = sorted(tokenizer.get_vocab().items())
+        return [type(tokenizer).__name__, tokenizer.truncation_side, settings, vocabulary]
     definition = json.loads(backend.to_str())
     return [tokenizer.truncation_side, {**definition, "truncation": None, "padding": None}]
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from federa.config import Config, changed, config_digest, head_only
+from federa.config import Config, config_digest, without_adapters
 from federa.data import Corpus, Examples, Texts, validation_split
 from federa.errors import InputError
 from federa.methods import Broadcast, Learner, make_trainable
@@ -131,7 +131,7 @@ def partition_of(config: Config) -> tuple[Corpus, Partition, np.ndarray]:
     if config.partition.scheme == "sites":
         raise InputError("partition.scheme: sites has its data at real sites, and nothing of them is here to show")
     if config.partition.scheme == "kmeans":
-        experiment = build(_cheapest(config))
+        experiment = build(cheapest(config))
         corpus, partition, labels = experiment.corpus, experiment.partition, experiment.train.labels
     else:
         corpus = load_corpus(config.data, config.seed, make_task(config.task))
@@ -140,10 +140,9 @@ def partition_of(config: Config) -> tuple[Corpus, Partition, np.ndarray]:
     return corpus, partition, label_counts(partition.indices, labels, len(corpus.strata))
 
 
-def _cheapest(config: Config) -> Config:
+def cheapest(config: Config) -> Config:
     """`config` with the method that is built fastest, where the method does not matter."""
-    frozen = head_only(config)
-    return changed(frozen, method={"name": "full"}) if config.task.name == "causal-lm" else frozen
+    return without_adapters(config, "full" if config.task.name == "causal-lm" else "head-only")
 
 
 def partition_texts(config: Config, texts: Texts, chosen: np.ndarray, embed=None) -> Partition:

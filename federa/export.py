@@ -15,7 +15,15 @@ from federa.errors import InputError
 from federa.experiment import Experiment
 from federa.folder import free_folder, publish_folder
 from federa.methods import adapted_layers
-from federa.models import MeanPoolingClassifier, backbone_of, head_modules, is_head, key_mapping, load_tokenizer
+from federa.models import (
+    MeanPoolingClassifier,
+    backbone_of,
+    head_modules,
+    is_head,
+    key_mapping,
+    load_tokenizer,
+    quiet_transformers,
+)
 from federa_kernels import FeDeRALinear
 
 FORMATS = ("peft", "merged", "residual")
@@ -204,13 +212,14 @@ def _save_model(experiment: Experiment, plain: Mapping[str, nn.Module], path: Pa
         setattr(model.get_submodule(parent), leaf, module)
     path.mkdir(parents=True, exist_ok=True)
     _write_bottlenecks(experiment, path)
-    if isinstance(model, MeanPoolingClassifier):
-        model.backbone.save_pretrained(path)
-        _save_tensors(dict(model.classifier.named_parameters()), path / "head.safetensors")
-    else:
-        # A renamed backbone is saved under the names of its own class, which then loads it without renaming.
-        renamed = key_mapping(model.config, experiment.task.auto_class) is not None
-        model.save_pretrained(path, save_original_format=not renamed)
+    with quiet_transformers():
+        if isinstance(model, MeanPoolingClassifier):
+            model.backbone.save_pretrained(path)
+            _save_tensors(dict(model.classifier.named_parameters()), path / "head.safetensors")
+        else:
+            # A renamed backbone is saved under the names of its own class, which then loads it without renaming.
+            renamed = key_mapping(model.config, experiment.task.auto_class) is not None
+            model.save_pretrained(path, save_original_format=not renamed)
     experiment.task.prepare(load_tokenizer(experiment.source)).save_pretrained(path)
 
 

@@ -221,7 +221,7 @@ def _set_x_axis(axes: Axes, lines: Sequence[Line], ticks: Sequence[float] | None
         axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.6g}"))
     else:
         axes.xaxis.set_major_locator(MaxNLocator(7, integer=True))
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}"))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}" if x == round(x) else f"{x:.3g}"))
         axes.set_xlim(0, (max(ends, default=0) or 1) * 1.01)
 
 

@@ -252,7 +252,7 @@ def _readable_errors(source: ModelSource) -> Iterator[None]:
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Silences the loading bar and the report of weights that a new head lacks: here that is the normal case."""
+    """Silences bars and the report of weights that a new head lacks: here that is the normal case."""
     from transformers.utils import logging
 
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()

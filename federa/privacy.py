@@ -1,6 +1,9 @@
 """Client-level differential privacy: secret randomness, and the epsilon of the sampling that was really used."""
 
+import logging
 import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -44,5 +47,21 @@ def epsilon(privacy: PrivacyConfig, clients: int, per_round: int, releases: int)
     else:
         event = dp_accounting.PoissonSampledDpEvent(per_round / clients, gaussian)
     accountant = RdpAccountant(neighboring_relation=relation.REPLACE_ONE if replace else relation.ADD_OR_REMOVE_ONE)
-    accountant.compose(event, releases)
-    return float(accountant.get_epsilon(privacy.delta))
+    with _quiet_accountant():
+        accountant.compose(event, releases)
+        return float(accountant.get_epsilon(privacy.delta))
+
+
+@contextmanager
+def _quiet_accountant() -> Iterator[None]:
+    """Without a line for every order that does not converge: the bound is the least of the others', so still one."""
+    logger = logging.getLogger("absl")
+
+    def matters(record: logging.LogRecord) -> bool:
+        return "failed to converge" not in record.getMessage()
+
+    logger.addFilter(matters)
+    try:
+        yield
+    finally:
+        logger.removeFilter(matters)

@@ -78,10 +78,10 @@ class RunProgress:
         self.bars.update(self.clients, total=facts["of"], completed=facts["position"], visible=True)
 
     def _round(self, record: dict[str, Any]) -> None:
-        scores = f"loss {record['train_loss']:.3f}"
+        scores = "" if record["train_loss"] is None else f"loss {record['train_loss']:.3f}"
         if record["validation"] is not None:
             scores += f"  validation {self.metric.noun} {record['validation'][self.metric.key]:.3f}"
-        self.bars.update(self.rounds, completed=record["round"], scores=scores)
+        self.bars.update(self.rounds, completed=record["round"], scores=scores.strip())
         for item in record["rejected"]:
             self._say(f"round {record['round']}: client {item['client']} was rejected, {item['why']}")
 

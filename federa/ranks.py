@@ -7,6 +7,7 @@ same bits on any number of ranks that compute alike.
 
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -34,9 +35,22 @@ def join() -> int:
     return dist.get_rank()
 
 
+@contextmanager
+def leading() -> Iterator[None]:
+    """Around what rank 0 does: when it ends, however it ends, the others go home, whether they were needed or not."""
+    try:
+        yield
+    finally:
+        if count() > 1:
+            with suppress(RuntimeError):  # they may be gone
+                _tell(None)
+
+
 def serve() -> None:
     """What a rank above 0 does until rank 0 is done."""
-    config, broadcast, device, threads, size = _told()
+    if (begun := _told()) is None:
+        return
+    config, broadcast, device, threads, size = begun
     torch.set_num_threads(threads)
     experiment, cohorts = build(config, broadcast, device), Cohorts(size)
     while (message := _told()) is not None:
@@ -49,7 +63,7 @@ def serve() -> None:
 class Ranks:
     """Trains a round's clients in cohorts of `size`, spread over all ranks by predicted work; begun on rank 0 alone.
 
-    Memory on rank 0: all updates of a round. Close it to send the other ranks home.
+    Memory on rank 0: all updates of a round.
     """
 
     def __init__(self, experiment: Experiment, size: int):
@@ -67,9 +81,6 @@ class Ranks:
         dist.gather_object(done, everyone)
         updates = [update for groups in everyone for group in groups for update in group]
         yield from sorted(updates, key=lambda update: update.client)
-
-    def close(self) -> None:
-        _tell(None)
 
 
 def share_out(experiment: Experiment, clients: Sequence[int], size: int, ranks: int) -> list[list[list[int]]]:

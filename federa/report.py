@@ -3,6 +3,7 @@
 Everything comes from the folders' files, so a report can be written again at any time, of unfinished runs too.
 """
 
+import json
 import math
 import os
 from collections.abc import Iterable, Sequence
@@ -310,10 +311,14 @@ def _comparison_outcome(runs: Sequence[Run], names: Sequence[str]) -> str:
     score, index = best
     run = runs[index]
     extreme = "highest" if metric.share else "lowest"
-    return (
+    text = (
         f"The {extreme} test {metric.noun} is {metric.show(score)}, of {names[index]} ({run.method}), "
-        f"after {_count(run.done, 'round')} and {megabytes(run.bytes_total)} sent."
+        f"after {_count(run.done, 'round')} and {megabytes(run.bytes_total)} sent"
     )
+    scores = [metric.value(last[1]) if (last := other.last("test")) else None for other in runs]
+    level = [name for i, name in enumerate(names) if i != index and scores[i] == score]
+    more = f" and {len(level) - 4} more" if len(level) > 4 else ""
+    return text + (f"; level with it: {', '.join(level[:4])}{more}." if level else ".")
 
 
 def _comparison_table(runs: Sequence[Run], names: Sequence[str]) -> str:
@@ -383,7 +388,7 @@ def _flatten(values: dict[str, Any], prefix: str = "") -> Iterable[tuple[str, An
         if isinstance(value, dict):
             yield from _flatten(value, f"{prefix}{key}.")
         else:
-            yield prefix + key, "null" if value is None else value
+            yield prefix + key, json.dumps(value) if value is None or isinstance(value, bool) else value
 
 
 def _distinct_names(paths: Sequence[Path]) -> list[str]:

@@ -157,11 +157,7 @@ def _train(folder: RunFolder, config: Config, watch: Watch, train: Train | None 
         if ranks.count() > 1:
             train = ranks.Ranks(experiment, cohort)
     watch("ready", {"experiment": experiment, "state": state, "cohort": getattr(train, "size", 1)})
-    try:
-        state = run_rounds(experiment, folder, state, watch, train)
-    finally:
-        if isinstance(train, ranks.Ranks):
-            train.close()
+    state = run_rounds(experiment, folder, state, watch, train)
     return _conclude(experiment, folder, state, watch)
 
 

@@ -16,7 +16,8 @@ DEFINITION = (
     "counts only where nothing else trains. Magnitude variation: | ‖Uₜ‖ / ‖Uₜ₋₁‖ − 1 |. Direction variation: "
     "1 − cos(Uₜ, Uₜ₋₁), 0 for the same direction, 1 for a right angle, 2 for a reversal. ‖·‖ and cos are Frobenius, "
     "over all weights together. A falling learning rate shrinks Uₜ, so only runs of one schedule compare. Drift: the "
-    "distance from the clients' mean product to BₜAₜ over its distance to Bₜ₋₁Aₜ₋₁, where that is measured."
+    "distance from the clients' mean product to that of the aggregated factors (BₜAₜ, unless a server's optimiser has "
+    "its own step) over its distance to Bₜ₋₁Aₜ₋₁, where that is measured."
 )
 
 

@@ -48,6 +48,7 @@ class FrozenWeight:
         self.fan_in_fan_out = fan_in_fan_out
         self.release_canonical, self.released, self._lock = release_canonical, False, RLock()
         self._forms: dict[bool, Tensor] = {}
+        self._rows: dict[torch.dtype, bool] = {}  # whether packed forms serve rows of this dtype
         self._made_of: tuple = ()
         self._storage: StorageWeakRef | None = None
 
@@ -95,7 +96,10 @@ class FrozenWeight:
             forms.clear()
             # The weak reference keeps the storage's name, so that no other storage gets it while the forms are there.
             self._made_of, self._storage = now, StorageWeakRef(weight.untyped_storage())
-        if not cpu.packs(dtype, weight):
+            self._rows = {}
+        if dtype not in self._rows:
+            self._rows[dtype] = cpu.packs(dtype, weight)
+        if not self._rows[dtype]:
             return None, None
         for transposed in (False, True) if backward else (False,):
             if transposed not in forms:
@@ -122,7 +126,7 @@ class FrozenWeight:
         """Lets go of the packed forms; the next use makes them again."""
         with self._lock:
             self._held, self.released = self.source, False
-            self._forms, self._made_of, self._storage = {}, (), None
+            self._forms, self._rows, self._made_of, self._storage = {}, {}, (), None
 
     def __deepcopy__(self, memo: dict) -> "FrozenWeight":
         return _rebuilt(copy.deepcopy(self.source, memo), self.fan_in_fan_out, self.release_canonical)

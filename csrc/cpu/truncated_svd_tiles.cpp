@@ -74,20 +74,24 @@ void block_product(const bf16* left, const bf16* right, long steps, float* G, lo
     _tile_loadd(1, G + 16, ldg * 4);
     _tile_loadd(2, G + 16 * ldg, ldg * 4);
     _tile_loadd(3, G + 16 * ldg + 16, ldg * 4);
-#define FEDERA_PRODUCT(x, y)                   \
-    _tile_loadd(4, left + x * TILE, 64);       \
-    _tile_loadd(5, left + (2 + x) * TILE, 64); \
-    _tile_loadd(6, right + y * TILE, 64);      \
-    _tile_loadd(7, right + (2 + y) * TILE, 64);\
-    _tile_dpbf16ps(0, 4, 6);                   \
-    _tile_dpbf16ps(1, 4, 7);                   \
-    _tile_dpbf16ps(2, 5, 6);                   \
+#define FEDERA_LOAD(tile, next, factor, plane)          \
+    _tile_loadd(tile, factor + plane * TILE, 64);      \
+    _tile_loadd(next, factor + (2 + plane) * TILE, 64);
+#define FEDERA_PRODUCT       \
+    _tile_dpbf16ps(0, 4, 6); \
+    _tile_dpbf16ps(1, 4, 7); \
+    _tile_dpbf16ps(2, 5, 6); \
     _tile_dpbf16ps(3, 5, 7);
     for (long step = 0; step < steps; ++step, left += 4 * TILE, right += 4 * TILE) {
-        FEDERA_PRODUCT(1, 0)
-        FEDERA_PRODUCT(0, 0)
-        FEDERA_PRODUCT(0, 1)
+        FEDERA_LOAD(4, 5, left, 1)
+        FEDERA_LOAD(6, 7, right, 0)
+        FEDERA_PRODUCT
+        FEDERA_LOAD(4, 5, left, 0)
+        FEDERA_PRODUCT
+        FEDERA_LOAD(6, 7, right, 1)
+        FEDERA_PRODUCT
     }
+#undef FEDERA_LOAD
 #undef FEDERA_PRODUCT
     _tile_stored(0, G, ldg * 4);
     _tile_stored(1, G + 16, ldg * 4);

@@ -34,7 +34,7 @@ def main(grid: Grid, context: Context) -> None:
             folder.write_json("flower.json", {"project": settings["project"]})
             log.info("round %s of %s is done", facts["state"].round, facts["experiment"].config.server.rounds)
         elif event == "round":
-            log.info("round %s: %s", facts["round"], _scores(facts))
+            log.info("round %s: %s", facts["round"], line_of(facts))
         elif event == "scored":
             log.info("finished: %s", facts["test"])
 
@@ -57,8 +57,11 @@ def _until_free(folder: RunFolder, seconds: float = 180.0) -> None:
             time.sleep(1.0)
 
 
-def _scores(record: dict[str, Any]) -> str:
-    text = f"{len(record['completed'])} of {len(record['sampled'])} clients, loss {record['train_loss']:.4f}"
+def line_of(record: dict[str, Any]) -> str:
+    """A round in a few words."""
+    text = f"{len(record['completed'])} of {len(record['sampled'])} clients"
+    if record["train_loss"] is not None:  # Poisson sampling may pick nobody
+        text += f", loss {record['train_loss']:.4f}"
     if record["validation"] is not None:
         text += f", validation {record['validation']}"
     return text

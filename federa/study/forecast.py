@@ -117,7 +117,7 @@ def _measure(config: Config, path: Path, watch: Watch, twice: bool) -> Cost | No
     if not records:
         return None
     seconds = records[-1]["seconds"]
-    step, aggregate = seconds["train"] / records[-1]["steps"], seconds["aggregate"]
+    step, aggregate = seconds["train"] / max(1, records[-1]["steps"]), seconds["aggregate"]
     report = [_report_seconds(path) for _ in range(1 + twice)][-1]
     return Cost(**facts, step=step, aggregate=aggregate, report=report)
 

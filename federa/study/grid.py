@@ -118,9 +118,9 @@ class Cell:
 
     @property
     def name(self) -> str:
-        facts = [("alpha", self.alpha), ("seed", self.seed), *self.point]
-        facts += [("rounds", self.rounds)] * (self.rounds is not None)
-        return f"{self.kind}/{','.join(f'{key}={value:.10g}' for key, value in facts)}"
+        facts = [f"alpha={self.alpha:.10g}", f"seed={self.seed}", *(f"{key}={rate:.10g}" for key, rate in self.point)]
+        facts += [f"rounds={self.rounds}"] * (self.rounds is not None)
+        return f"{self.kind}/{','.join(facts)}"
 
 
 class Choice(NamedTuple):

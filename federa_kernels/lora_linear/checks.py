@@ -12,16 +12,15 @@ def _fits(x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, bias: Tenso
     if weight.dim() != 2 or x.dim() == 0:
         return False
     (N, K), R = weight.shape, lora_A.shape[0] if lora_A.dim() else -1
-    others = (weight, lora_A, lora_B) if bias is None else (weight, lora_A, lora_B, bias)
+    if x.shape[-1] != K or lora_A.shape != (R, K) or lora_B.shape != (N, R):
+        return False
+    if bias is not None and bias.shape != (N,):
+        return False
     device = x.device
-    return (
-        x.shape[-1] == K
-        and lora_A.shape == (R, K)
-        and lora_B.shape == (N, R)
-        and (bias is None or bias.shape == (N,))
-        and x.dtype in FLOATS
-        and all(t.dtype in FLOATS and t.device == device for t in others)
-    )
+    for t in (x, weight, lora_A, lora_B) if bias is None else (x, weight, lora_A, lora_B, bias):
+        if t.dtype not in FLOATS or t.device != device:
+            return False
+    return True
 
 
 def check(op: str, x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None) -> None:

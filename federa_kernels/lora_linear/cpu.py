@@ -34,6 +34,7 @@ def use_engine(name: str) -> None:
     must not be used any more: a FrozenWeight packs again, a backward pass that is still to come does not."""
     load_extension().set_engine(name)
     engine.cache_clear()
+    _rows_taken.cache_clear()
 
 
 def kernels() -> ModuleType | None:
@@ -41,6 +42,7 @@ def kernels() -> ModuleType | None:
     return None if engine() == "none" else load_extension()
 
 
+@functools.cache
 def _rows_taken() -> tuple[torch.dtype, ...]:
     return {"amx": (torch.float32, torch.bfloat16), "none": ()}.get(engine(), (torch.float32,))
 

@@ -120,8 +120,8 @@ def test_evaluate_repeats_the_runs_scores(federa, done, round):
 def test_export_writes_each_format(federa, done, tmp_path):
     base = RunFolder(done[0]).config().model.name
     for format in ("peft", "merged", "residual"):
-        code, out, _ = federa("export", done[0], "--format", format, "--output", format)
-        assert code == 0 and out == f"wrote {format}\n"
+        code, out, err = federa("export", done[0], "--format", format, "--output", format)
+        assert (code, out, err) == (0, f"wrote {format}\n", "")
     PeftModel.from_pretrained(AutoModelForSequenceClassification.from_pretrained(base, num_labels=4), tmp_path / "peft")
     AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged")
     ours, theirs = (place / "adapter_model.safetensors" for place in (done[0] / "adapter", tmp_path / "peft"))

@@ -137,6 +137,19 @@ def test_cached_tokens_stay_on_disk(tokenizer, tmp_path):
     assert total == kept.sum() + np.arange(0, 2**23 + 1, 64).sum()
 
 
+def test_a_slow_tokenizers_settings_are_part_of_the_name(tmp_path):
+    """Two of one vocabulary, of which one folds case."""
+    from transformers import BertJapaneseTokenizer
+
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "Ada", "ada"]
+    (tmp_path / "vocab.txt").write_text("\n".join(words))
+    rows = Texts(["Ada"], np.zeros(1, np.int64), None)
+    for folded, word in ((True, "ada"), (False, "Ada")):
+        slow = BertJapaneseTokenizer(str(tmp_path / "vocab.txt"), do_lower_case=folded, word_tokenizer_type="basic")
+        found = tokenise(rows, slow, 8, str(tmp_path / "cache"))
+        assert found.input_ids.tolist() == [2, words.index(word), 3]
+
+
 def test_unwritable_cache_warns(tokenizer, tmp_path):
     occupied = tmp_path / "file"
     occupied.write_text("not a folder")

@@ -1,18 +1,22 @@
 """Client-level privacy: what clipping and noise do, epsilon against closed forms, and what no seed gives again."""
 
+import io
 import math
 
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 
 from federa.aggregate import PrivateMean, Terms
 from federa.checkpoint import State
 from federa.client import ClientUpdate
 from federa.config import PrivacyConfig, ServerConfig, changed
 from federa.experiment import build
+from federa.flower.server_app import line_of
 from federa.folder import RunFolder
 from federa.privacy import draw_normal, epsilon
+from federa.progress import RunProgress
 from federa.rounds import run_rounds
 
 
@@ -60,8 +64,10 @@ def test_epsilon_with_all_clients_is_the_gaussian_mechanisms(noise, releases, sa
     assert exact <= found <= 1.25 * exact
 
 
-def test_sampling_amplifies_and_releases_add_up():
+def test_sampling_amplifies_and_releases_add_up(caplog):
     pytest.importorskip("dp_accounting")
+    assert epsilon(PrivacyConfig(clip=1.0, noise=1.0, sampling="poisson"), 5, 1, 6) > 0  # some orders do not converge
+    assert not caplog.records
     for sampling in ("fixed", "poisson"):
         privacy = PrivacyConfig(clip=1.0, noise=4.0, sampling=sampling)
         everyone, some = epsilon(privacy, 1000, 1000, 10), epsilon(privacy, 1000, 10, 10)
@@ -122,7 +128,8 @@ def test_retries_are_paid_for(go):
 
 
 def test_poisson_rounds_have_different_sizes(go):
-    """One of five on average; rounds that ask nobody (a third of them) are noise alone, and not tried again."""
+    """One of five on average; rounds that ask nobody (a third of them) are noise alone, are not tried again, and are
+    told of as the others."""
 
     def idle(experiment, state, round, clients):
         for client in clients:
@@ -138,3 +145,7 @@ def test_poisson_rounds_have_different_sizes(go):
     assert all(record["update_norm"] > 0 and (record["train_loss"] is None) == (not record["sampled"])
                for record in records)  # fmt: skip
     assert records[-1]["privacy"]["releases"] == 40
+    watch = RunProgress(Console(file=io.StringIO()))
+    for record in records:
+        watch("round", record)
+        assert (", loss " in line_of(record)) == bool(record["sampled"])

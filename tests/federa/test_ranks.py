@@ -26,7 +26,7 @@ def federa(*arguments, ranks: int = 1) -> None:
 
 
 def test_two_ranks_are_one(tiny_config, tmp_path):
-    """The tensors of every checkpoint, bit for bit; a finished part is taken up by two ranks as by one."""
+    """The tensors of every checkpoint, bit for bit; a finished run is shown again by two ranks as by one."""
     config = changed(
         tiny_config,
         model={"dropout": 0.1},
@@ -41,6 +41,7 @@ def test_two_ranks_are_one(tiny_config, tmp_path):
         one, two = load_file(tmp_path / "one" / name), load_file(tmp_path / "two" / name)
         assert one.keys() == two.keys() and all(tensor.equal(two[key]) for key, tensor in one.items())
     assert (tmp_path / "two" / "report.html").is_file()
+    federa("run", tmp_path / "config.yaml", "--output", tmp_path / "two", ranks=2)
 
 
 def test_shares_are_balanced_by_work(tiny_config):

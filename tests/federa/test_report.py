@@ -5,10 +5,11 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
 from federa.config import dump_config, load_config
 from federa.errors import InputError
-from federa.figures import DPI, Line, _spread, _stride, draw_accuracy, draw_loss, draw_partition
+from federa.figures import DPI, Line, _set_x_axis, _spread, _stride, draw_accuracy, draw_loss, draw_partition
 from federa.records import read_run
 from federa.report import plot_partition, results_table, write_comparison, write_report
 
@@ -324,6 +325,7 @@ def test_comparison_of_many_runs(tmp_path):
     run = write_run(tmp_path / "run", rounds=3, clients=2)
     page = assert_self_contained(write_comparison([run] * 30, tmp_path / "out.html"))
     assert "Comparison of 30 runs" in page.text
+    assert "level with it: run, run, run, run and 25 more." in page.text
 
 
 def test_a_page_of_a_large_run_stays_small(tmp_path):
@@ -357,6 +359,14 @@ def test_named_clients_and_empty_partitions_draw():
 )
 def test_accuracies_at_the_edges_draw(points):
     assert draw_accuracy([Line("validation", *points, "#0072B2")], "round", "Accuracy").startswith(b"\x89PNG")
+
+
+def test_small_amounts_have_ticks_of_their_own():
+    axes = Figure().add_subplot()
+    for end, expected in ((0.3, ["0", "0.05", "0.1"]), (6.0, ["0", "1", "2"]), (4000.0, ["0", "600", "1,200"])):
+        _set_x_axis(axes, [Line("run", [0.0, end], [0.1, 0.2], "black")], None)
+        ticks = axes.get_xticks()
+        assert axes.xaxis.get_major_formatter().format_ticks(ticks)[:3] == expected
 
 
 def test_losses_that_are_not_finite_draw():

@@ -17,6 +17,8 @@ def test_every_cell_is_a_run_of_its_own(tiny_study):
     assert (config.method.name, config.partition.alpha, config.seed) == ("lora", 1.0, 3)
     assert config.client.lr == 0.01 and config.server.rounds == 2 and config.evaluation.per_client
     assert cells[2].name == "base/docs/lora/alpha=1,seed=3,client.lr=0.01"
+    seeds = load_study(tiny_study(seeds=[2**62, 2**62 + 1])).grid(kind, POINTS[1])
+    assert seeds[0].name != seeds[1].name
 
 
 def test_the_sweep_is_of_the_middle_alpha_and_the_first_seed(tiny_study):

@@ -1,6 +1,7 @@
 """Tasks in configurations, partitions, baselines and reports: what fits, and one line for what does not."""
 
 import json
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -11,6 +12,7 @@ from federa.baselines import run_baseline, yardsticks
 from federa.config import changed, load_config
 from federa.errors import InputError
 from federa.experiment import build, partition_of
+from federa.folder import RunFolder
 from federa.metrics import METRICS
 from federa.records import read_run
 from federa.report import results_table, write_comparison, write_report
@@ -78,10 +80,11 @@ def test_the_demo_data_serve_classification_alone():
         build(config)
 
 
-@pytest.mark.parametrize("task", ["token-classification", "question-answering"])
+@pytest.mark.parametrize("task", ["token-classification", "question-answering", "causal-lm"])
 def test_kmeans_partitions_without_labels(config_of, task):
     """Rows are embedded as FedNLP does it (a question with its answer, a sentence), and all of them shared out."""
-    config = config_of(task, partition={"scheme": "kmeans", "clusters": 3, "alpha": 0.1})
+    family = "gpt2" if task == "causal-lm" else "bert"
+    config = config_of(task, family, partition={"scheme": "kmeans", "clusters": 3, "alpha": 0.1})
     experiment = build(config)
     assert np.array_equal(np.sort(np.concatenate(experiment.clients)), np.arange(len(experiment.train)))
     corpus, partition, counts = partition_of(config)
@@ -133,6 +136,19 @@ def test_head_only_cannot_serve_a_language_model(config_of, tmp_path):
         InputError, match="--baseline: head-only trains a new head alone and cannot .*; pooled, local can"
     ):
         run_baseline("head-only", config, tmp_path / "out", watch)
+    for name in ("pooled", "local"):
+        assert run_baseline(name, config, tmp_path / name, watch)["perplexity"] > 1
+
+
+def test_pooled_sees_as_many_windows(config_of, tmp_path):
+    """Questions over several windows each: the client of the pooled run takes the federated run's windows in steps."""
+    config = config_of("question-answering", data={"max_length": 16})
+    experiment = build(config)
+    assert len(experiment.train) > 1.5 * len(np.unique(experiment.train.rows))
+    run_baseline("pooled", config, tmp_path, watch)
+    mean = np.mean([len(own) for own in experiment.clients])
+    seen = config.server.rounds * experiment.clients_per_round * mean
+    assert RunFolder(tmp_path).metrics()[1]["steps"] == math.ceil(seen / config.client.batch_size)
 
 
 def test_comparisons_are_of_one_metric(config_of, tiny_config, tmp_path):
