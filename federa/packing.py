@@ -59,7 +59,7 @@ class Packing:
     def unpack(self, packed: Tensor) -> Tensor:
         """(1, M, K) -> (E, T, K), zero where there is no token; the first tokens alone, (1, E, K) -> (E, 1, K)."""
         E, T = self.padded
-        if packed.shape[1] == E:
+        if packed.shape[1] != len(self.places):
             return packed.transpose(0, 1)
         rows = packed.new_zeros(E * T, packed.shape[-1]).index_copy(0, self.places, packed.squeeze(0))
         return rows.view(E, T, -1)
@@ -87,17 +87,17 @@ class FirstTokens:
 
     def _enter(self, encoder: nn.Module, args: tuple, kwargs: dict) -> None:
         packing = kwargs["attention_mask"]
-        self._packing = packing if self._called and min(packing.lengths) > 0 else None
+        self._packing = packing if self._called and min(packing.lengths, default=0) > 0 else None
 
-    def _attend(self, hidden: Tensor, *args, **kwargs) -> tuple[Tensor, None]:
-        """hidden (1, M, K) -> (1, E, N)."""
+    def _attend(self, hidden_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor | None]:
+        """(1, M, K) -> (1, E, N)."""
         module, packing = self._attention, self._packing
         if packing is None:
-            return self._all(hidden, *args, **kwargs)
-        first = module.query(hidden.index_select(1, packing.firsts))
+            return self._all(hidden_states, *args, **kwargs)
+        first = module.query(hidden_states.index_select(1, packing.firsts))
         rows = (
             x.squeeze(0).unflatten(1, (-1, module.attention_head_size))
-            for x in (first, module.key(hidden), module.value(hidden))
+            for x in (first, module.key(hidden_states), module.value(hidden_states))
         )
         dropout = module.dropout.p if module.training else 0.0
         out = packed_attention(*rows, packing.lengths, module.scaling, dropout, [1] * len(packing.lengths))

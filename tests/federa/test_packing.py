@@ -109,3 +109,6 @@ def test_packing_by_hand():
     packed = packing.pack(rows)
     assert packed.tolist() == [[[0, 1], [2, 3], [6, 7]]]
     assert packing.unpack(packed).tolist() == [[[0, 1], [2, 3], [0, 0]], [[6, 7], [0, 0], [0, 0]]]
+    assert packing.firsts.tolist() == [0, 2] and packing.unpack(packed[:, :2]).tolist() == [[[0, 1]], [[2, 3]]]
+    lonely = Packing.of(torch.tensor([[True, True], [False, False]]))  # as many tokens as examples
+    assert lonely.unpack(packed[:, :2]).tolist() == [[[0, 1], [2, 3]], [[0, 0], [0, 0]]]
