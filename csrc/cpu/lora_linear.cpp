@@ -52,28 +52,6 @@ inline void stay_awake() {
 // As round_to_bf16, for one plane alone: halves to even, and a NaN stays one whatever its bits.
 inline __m512 nearest_bf16(__m512 value) { return widened((__m256i)_mm512_cvtneps_pbh(value)); }
 
-// Pairs of floats as three bfloat16s each, whose sum they are. An infinity leaves NaN.
-inline void split(__m512 first, __m512 second, __m512i planes[3]) {
-    for (int plane = 0; plane < 2; ++plane) {
-        const __m512 one = round_to_bf16(first), other = round_to_bf16(second);
-        planes[plane] = paired(one, other);
-        first = _mm512_sub_ps(first, one), second = _mm512_sub_ps(second, other);
-    }
-    planes[2] = paired(first, second);  // of 24 bits 8 are left, or one plane would not do
-}
-
-// The same by cutting bits off, in three quarters of the time. Such parts all lie on one side, which makes the products
-// that are left out larger (2^-25 of a sum, where the other factor is rounded): for rows, split at every use.
-inline void cut(__m512 first, __m512 second, __m512i planes[3]) {
-    const __m512 upper = _mm512_castsi512_ps(_mm512_set1_epi32(0xffff0000));
-    for (int plane = 0; plane < 2; ++plane) {
-        planes[plane] = paired(first, second);
-        first = _mm512_sub_ps(first, _mm512_and_ps(first, upper));
-        second = _mm512_sub_ps(second, _mm512_and_ps(second, upper));
-    }
-    planes[2] = paired(first, second);
-}
-
 inline __m256i upper_halves(__m512 values) {
     return _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_castps_si512(values), 16));
 }
