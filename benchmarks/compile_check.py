@@ -6,7 +6,7 @@ Triton kernels are compiled just as their launchers launch them, which run here 
 the tiles that a few usual layers get, most of them on Hopper; --all takes every tile with ranks 16, 64 and 128, for one
 adapter, many clients and shared inputs. Files of csrc/cuda are compiled where nvcc is found. It fails on a spill, on
 more shared memory than the GPU has, and on a half-precision product that runs off the tensor cores (on Hopper: HGMMA
-from Triton, HMMA from csrc/cuda).
+from Triton, HMMA from csrc/cuda; a file named _sm90 is Hopper's alone and must have HGMMA and copies by TMA).
 """
 
 import argparse
@@ -39,10 +39,12 @@ from federa_kernels.lora_linear.tiles import Tile, Tiles, pick_tiles
 FORMS = ("lora_linear", "clients", "shared")
 ARCHS = (80, 90, 100)
 CONSUMER = 89  # stands for the GPUs that get the safe tiles
+RESERVED = {80: 0, 90: 1024, 100: 1024}  # bytes of a block that the GPU keeps, beside the limit; cuobjdump counts them
 SHARED_LIMIT = {80: 166_912, 89: 101_376, 90: 232_448, 100: 232_448}  # bytes a program may have
 TENSOR_CORES = {80: "HMMA", 89: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}  # the last is how SASS writes tcgen05.mma
 PRODUCTS = re.compile(r"\b(down|gemm|columns)_kernel<")  # of csrc/cuda, in mma.sync on every GPU
-MMA = re.compile(r"\b(HMMA|HGMMA|UTC\w*MMA)\b")
+HOPPER_PRODUCTS = re.compile(r"\bgemm_sm90_kernel<")
+MMA = re.compile(r"\b(HMMA|HGMMA|UTC\w*MMA|UTMALDG)\b")  # the last copies tiles
 POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int32: "*i32"}
 
 
@@ -129,6 +131,8 @@ class Compiled:
             found.append(f"has no {TENSOR_CORES[self.arch]}")
         if PRODUCTS.match(self.kernel) and not self.mma.get("HMMA"):
             found.append("has no HMMA")
+        if HOPPER_PRODUCTS.match(self.kernel):
+            found += [f"has no {name}" for name in ("HGMMA", "UTMALDG") if not self.mma.get(name)]
         return found
 
 
@@ -216,13 +220,14 @@ def compile_cuda(folder: Path) -> Iterator[Compiled]:
     """Every kernel of csrc/cuda; a file without kernels is only compiled."""
     nvcc = shutil.which("nvcc")
     for source in sorted((ROOT / "csrc/cuda").glob("*.cu")) if nvcc else ():
-        for arch in ARCHS:
+        for arch in (90,) if source.stem.endswith("_sm90") else ARCHS:
             cubin = folder / f"{source.stem}.cubin"
             options = ["-std=c++17", "-O3", f"-I{ROOT / 'csrc'}", f"-arch=sm_{arch}{'a' * (arch >= 90)}"]
             subprocess.run([nvcc, "-cubin", *options, "-o", cubin, source], check=True)
             for mangled, registers, spills, shared, mma in read_cubin(cubin):
                 name, dynamic = readable(mangled)
-                yield Compiled(name, "", source.name, arch, registers, spills, shared + dynamic, mma)
+                shared = max(shared - RESERVED[arch], 0) + dynamic
+                yield Compiled(name, "", source.name, arch, registers, spills, shared, mma)
 
 
 def readable(mangled: str) -> tuple[str, int]:

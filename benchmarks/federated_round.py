@@ -9,7 +9,7 @@ out by length, so that all clients have as many tokens; turns repeat the same wo
   alone           federa, one client after another (run.cohort 1)
   cohort C        federa, C clients in one batch
   ... bf16        with a bfloat16 residual (fp32 activations); "... bf16 all": activations too (model.precision)
-  floor           the same tokens through the frozen encoder and back to its inputs: no adapter, head or optimiser
+  floor           the same tokens through the frozen model and back to its embeddings: no adapter or optimiser
 
 Then the cohorts' curve, the same turns and their memory for cohorts of 1 to 32 clients, and the clients' curve, whole
 rounds of runs with 10 to 10,000 clients (round_clients.py). --part asks for one of the three.
@@ -38,7 +38,7 @@ from federa.client import train_client
 from federa.cohort import memory_of_client, train_cohort
 from federa.data import Examples
 from federa.experiment import Experiment
-from federa.simulation import reuse_memory
+from federa.memory import reuse_memory
 from federa_kernels import FeDeRALinear
 
 SUBJECT = "federated_round"
@@ -123,22 +123,21 @@ def ours(work: Work, cohort: int, experiment: Experiment) -> Callable[[int], flo
 
 
 def floor(work: Work, grouped_examples: Examples) -> Callable[[int], float]:
-    """All clients' tokens, packed, through the frozen layers forward and to the gradient of their inputs."""
+    """All clients' tokens, packed, through the frozen model forward and to the gradient of their embeddings."""
     from federa.packing import pack_encoder
     from federa_kernels import pack_frozen
 
     model = work.plain_model().requires_grad_(False)
     pack_frozen(model)
     pack_encoder(model)
-    backbone, device = model.base_model, work.experiment.learner.device
+    embeddings, device = model.get_input_embeddings(), work.experiment.learner.device
 
     def turn(number: int) -> float:
         for client in range(work.few):
             for indices in work.batches(client, number, True):
                 batch = {name: tensor.to(device) for name, tensor in grouped_examples.batch(indices).items()}
-                embedded = backbone.get_input_embeddings()(batch["input_ids"]).requires_grad_()
-                hidden = backbone(inputs_embeds=embedded, attention_mask=batch["attention_mask"]).last_hidden_state
-                hidden.backward(torch.ones_like(hidden))
+                embedded = embeddings(batch["input_ids"]).requires_grad_()
+                model(inputs_embeds=embedded, attention_mask=batch["attention_mask"]).logits.sum().backward()
         return math.nan
 
     return turn

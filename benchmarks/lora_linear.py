@@ -28,7 +28,7 @@ from benchmarks.harness import (
     run,
 )
 from federa_kernels import FrozenWeight, lora_linear
-from federa_kernels.lora_linear import mma, path_for, reference
+from federa_kernels.lora_linear import mma, path_for, reference, sm90
 from federa_kernels.lora_linear.op import launchers
 
 SUBJECT = "lora_linear"
@@ -238,6 +238,7 @@ PROVIDERS = {
     "addmm": Provider(addmm),
     "ours": Provider(ours),
     "ours CUDA C++": Provider(ours, on=["bf16-cuda"], kernels="mma"),
+    "ours CUDA C++ for Hopper": Provider(ours, on=["bf16-cuda"], kernels="sm90"),
     "ours bf16 residual": Provider(bf16_residual, True, "bf16", ["fp32-cpu"]),
     "packed frozen": Provider(functools.partial(ours, adapter=False), False, None, ["fp32-cpu", "bf16-cpu"]),
     "packed frozen bf16": Provider(functools.partial(bf16_residual, adapter=False), False, "bf16", ["fp32-cpu"]),
@@ -322,6 +323,8 @@ def run_case(case: Case, ceiling: Ceilings, environment: dict, options: argparse
         chosen.pop("reference compiled")
     if mma.why_not():
         chosen.pop("ours CUDA C++", None)
+    if sm90.why_not() or (options.device == "cuda" and torch.cuda.get_device_capability() != (9, 0)):
+        chosen.pop("ours CUDA C++ for Hopper", None)
     return measure(SUBJECT, case, chosen, sets, environment, options)
 
 

@@ -25,8 +25,8 @@ from federa.cohort import Cohorts, choose_size
 from federa.config import Config
 from federa.experiment import build
 from federa.folder import RunFolder
+from federa.memory import reuse_memory
 from federa.rounds import run_rounds
-from federa.simulation import reuse_memory
 
 COUNTS = (10, 100, 1000, 10_000)  # clients
 PER_ROUND, TOKENS, BATCH = 6, 128, 16

@@ -14,6 +14,7 @@
 #include "cpu/truncated_svd.h"
 #include "cuda/devices.h"
 #include "cuda/lora_linear_mma.h"
+#include "cuda/lora_linear_sm90.h"
 #include "cuda/truncated_svd.h"
 
 namespace py = pybind11;
@@ -172,36 +173,53 @@ void low_rank_backward(const py::tuple& layer, const py::str& kind, Index rows, 
                               reinterpret_cast<float*>(dB), threads);
 }
 
-// shape: (offsets, examples, heads, dim, scale); q, k, ...: (data, stride of tokens, stride of heads).
+// shape: (keys, queries, examples, heads, dim, scale); q, k, ...: (data, stride of tokens, stride of heads).
 federa::AttentionShape attention_shape(const py::tuple& shape) {
-    return {pointer<const std::int64_t>(shape[0]), shape[1].cast<Index>(), shape[2].cast<Index>(),
-            shape[3].cast<Index>(), shape[4].cast<float>()};
+    return {pointer<const std::int64_t>(shape[0]), pointer<const std::int64_t>(shape[1]), shape[2].cast<Index>(),
+            shape[3].cast<Index>(), shape[4].cast<Index>(), shape[5].cast<float>()};
 }
 
-template <class T = const std::uint16_t>
-federa::HeadsOf<T> heads_of(const py::tuple& tensor) {
+template <class T>
+federa::Heads<T> heads_of(const py::tuple& tensor) {
     return {pointer<T>(tensor[0]), tensor[1].cast<Index>(), tensor[2].cast<Index>()};
 }
 
-void attention_forward(const py::tuple& shape, const py::tuple& q, const py::tuple& k, const py::tuple& v,
-                       const py::tuple& out, Address softmax, int threads) {
+template <class T>
+void attention_forward_of(const py::tuple& shape, const py::tuple& q, const py::tuple& k, const py::tuple& v,
+                          const py::tuple& out, Address softmax, int threads) {
     const auto of = attention_shape(shape);
-    const auto query = heads_of(q), key = heads_of(k), value = heads_of(v);
-    const auto result = heads_of<std::uint16_t>(out);
+    const auto query = heads_of<const T>(q), key = heads_of<const T>(k), value = heads_of<const T>(v);
+    const auto result = heads_of<T>(out);
     py::gil_scoped_release released;
-    federa::attention_forward(of, query, key, value, result, reinterpret_cast<float*>(softmax), threads);
+    federa::attention_forward<T>(of, query, key, value, result, reinterpret_cast<float*>(softmax), threads);
 }
 
-void attention_backward(const py::tuple& shape, const py::tuple& q, const py::tuple& k, const py::tuple& v,
-                        const py::tuple& out, Address softmax, const py::tuple& d_out, const py::tuple& dq,
-                        const py::tuple& dk, const py::tuple& dv, int threads) {
+template <class T>
+void attention_backward_of(const py::tuple& shape, const py::tuple& q, const py::tuple& k, const py::tuple& v,
+                           const py::tuple& out, Address softmax, const py::tuple& d_out, const py::tuple& dq,
+                           const py::tuple& dk, const py::tuple& dv, int threads) {
     const auto of = attention_shape(shape);
-    const auto query = heads_of(q), key = heads_of(k), value = heads_of(v), result = heads_of(out), d = heads_of(d_out);
-    const auto d_query = heads_of<std::uint16_t>(dq), d_key = heads_of<std::uint16_t>(dk);
-    const auto d_value = heads_of<std::uint16_t>(dv);
+    const auto query = heads_of<const T>(q), key = heads_of<const T>(k), value = heads_of<const T>(v);
+    const auto result = heads_of<const T>(out), d = heads_of<const T>(d_out);
+    const auto d_query = heads_of<T>(dq), d_key = heads_of<T>(dk), d_value = heads_of<T>(dv);
     py::gil_scoped_release released;
-    federa::attention_backward(of, query, key, value, result, reinterpret_cast<const float*>(softmax), d, d_query,
-                               d_key, d_value, threads);
+    federa::attention_backward<T>(of, query, key, value, result, reinterpret_cast<const float*>(softmax), d, d_query,
+                                  d_key, d_value, threads);
+}
+
+void attention_forward(const py::str& kind, const py::tuple& shape, const py::tuple& q, const py::tuple& k,
+                       const py::tuple& v, const py::tuple& out, Address softmax, int threads) {
+    const bool wide = kind_of(kind) == federa::Kind::float32;
+    const auto run = wide ? attention_forward_of<float> : attention_forward_of<std::uint16_t>;
+    run(shape, q, k, v, out, softmax, threads);
+}
+
+void attention_backward(const py::str& kind, const py::tuple& shape, const py::tuple& q, const py::tuple& k,
+                        const py::tuple& v, const py::tuple& out, Address softmax, const py::tuple& d_out,
+                        const py::tuple& dq, const py::tuple& dk, const py::tuple& dv, int threads) {
+    const bool wide = kind_of(kind) == federa::Kind::float32;
+    const auto run = wide ? attention_backward_of<float> : attention_backward_of<std::uint16_t>;
+    run(shape, q, k, v, out, softmax, d_out, dq, dk, dv, threads);
 }
 
 // Of each (A, N, K, lda, rank, block, columns, goal, gram, U, S, Vh, left): (status, ||A V - U S||, following, matvecs).
@@ -274,6 +292,10 @@ PYBIND11_MODULE(_C, module) {
     module.def("lora_linear_mma", [](const std::string& kernel, Address arguments, std::size_t bytes, Address stream) {
         federa::mma_kernels::run(kernel.c_str(), reinterpret_cast<const void*>(arguments), bytes,
                                  reinterpret_cast<void*>(stream));
+    });
+    module.def("lora_linear_sm90", [](const std::string& kernel, Address arguments, std::size_t bytes, Address stream) {
+        federa::sm90_kernels::run(kernel.c_str(), reinterpret_cast<const void*>(arguments), bytes,
+                                  reinterpret_cast<void*>(stream));
     });
     module.def("cholesky_qr", &cholesky_qr, "of panels on a GPU, on a stream; Y = Q R");
     module.def("cholesky_qr_work", &federa::cholesky_qr_work, "float64 entries that cholesky_qr needs beside them");

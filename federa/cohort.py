@@ -37,8 +37,8 @@ Client = tuple[int, np.ndarray]  # id, indices of its examples
 class Rows:
     """Which rows of the tensors of the running step belong to which client.
 
-    Modules see tensors of the leading shapes (1, M) tokens without padding, (E, T) padded tokens, (E,) examples or
-    (C, 1, n) rows that every client has a copy of.
+    Modules see tensors of the leading shapes (1, M) tokens without padding, (1, E) first tokens, (E, T) padded tokens,
+    (E,) examples or (C, 1, n) rows that every client has a copy of.
     """
 
     def __init__(self, device: torch.device):
@@ -53,7 +53,8 @@ class Rows:
         ends = np.cumsum(counts)
         tokens = [int(part.sum()) for part in np.split(lengths, ends[:-1])]
         E, T = len(lengths), int(lengths.max())
-        self._sizes = {(1, sum(tokens)): tokens, (E,): self.counts, (E, T): [count * T for count in counts]}
+        self._sizes = {(1, E): self.counts, (E,): self.counts, (1, sum(tokens)): tokens}
+        self._sizes[E, T] = [count * T for count in counts]
         self._segments = {}
 
     def sizes(self, lead: Sequence[int]) -> list[int]:

@@ -33,7 +33,7 @@ def step_keys(config: Config, round: int, clients: Sequence[int], step: int) -> 
 class Counters:
     """What the masks of the running batch are functions of: a stream for each row of the tensors that modules see.
 
-    Their leading shapes are (1, M) tokens without padding, (E, T) padded tokens or (E,) examples.
+    Their leading shapes are (1, M) tokens without padding, (1, E) first tokens, (E, T) padded tokens or (E,) examples.
     """
 
     def __init__(self, device: torch.device):
@@ -57,7 +57,7 @@ class Counters:
         starts = clients[owners] + _GAMMA * (numbers << 20)
         padded = starts[:, None] + _GAMMA * torch.arange(int(lengths.max()))
         real = torch.arange(padded.shape[1]) < torch.from_numpy(lengths)[:, None]
-        streams = [starts, padded, padded[real].unsqueeze(0)]
+        streams = [starts, starts.unsqueeze(0), padded, padded[real].unsqueeze(0)]
         with torch.random.fork_rng([self._device] if self._device.type == "cuda" else []):
             if len(keys) == 1:
                 torch.manual_seed((keys[0] + batch) % 2**63)

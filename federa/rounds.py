@@ -30,6 +30,7 @@ from federa.combinations import MOVES
 from federa.errors import RunError
 from federa.experiment import Experiment
 from federa.folder import RunFolder
+from federa.memory import return_memory
 from federa.privacy import draw_normal, epsilon, secret_generator
 from federa.randomness import Purpose, generator
 from federa.variation import update_geometry
@@ -136,6 +137,7 @@ def run_rounds(
             if improved or state.round % config.run.checkpoint_every == 0 or state.round == config.server.rounds:
                 save_checkpoint(folder, state, experiment.digest)
                 saved = state.round
+            return_memory()
             watch("round", record)
     except (RunError, KeyboardInterrupt):
         if state.round > saved:

@@ -1,9 +1,6 @@
 """A whole run on one machine: build, train round after round, score, export, report; and taking one up again."""
 
-import ctypes
-import sys
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +23,7 @@ from federa.errors import InputError
 from federa.experiment import Experiment, build
 from federa.export import adapter_problem, export_peft
 from federa.folder import RunFolder, environment
+from federa.memory import reuse_memory
 from federa.methods import Broadcast
 from federa.partition import label_counts
 from federa.records import read_run
@@ -58,15 +56,6 @@ class RunResult:
         """The folder that `peft.PeftModel.from_pretrained` loads, or None for a method without adapters."""
         path = RunFolder(self.folder).adapter
         return path if path.is_dir() else None
-
-
-def reuse_memory() -> None:
-    """Lets glibc keep freed memory for the next tensors: to give it back and fault it in again costs 4 % of a step."""
-    if sys.platform == "linux":
-        with suppress(AttributeError, OSError):  # another C library
-            libc = ctypes.CDLL(None)
-            for parameter, value in ((-3, 2**25), (-1, 2**30)):  # M_MMAP_THRESHOLD, its largest; M_TRIM_THRESHOLD
-                libc.mallopt(parameter, value)
 
 
 def _silent(event: str, facts: dict[str, Any]) -> None:

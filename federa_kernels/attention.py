@@ -10,6 +10,8 @@ from torch.autograd.function import once_differentiable
 from ._checks import check_shape, failure
 from ._extension import load_extension
 
+KINDS = {torch.float32: "f", torch.bfloat16: "b"}
+
 
 def _heads(tensor: Tensor) -> tuple[int, int, int]:
     return tensor.data_ptr(), tensor.stride(0), tensor.stride(1)
@@ -20,17 +22,17 @@ def _rows(tensor: Tensor) -> Tensor:
 
 
 class _PackedAttention(torch.autograd.Function):
-    """On tile units; keeps q, k, v, the result and 8 bytes a row and head."""
+    """On tile units; keeps q, k, v, the result and 8 bytes a query and head. offsets (2, E + 1): keys', queries'."""
 
     @staticmethod
     def forward(ctx, query, key, value, offsets, scaling):
         query, key, value = map(_rows, (query, key, value))
-        M, H, D = query.shape
-        out, softmax = query.new_empty(M, H, D), query.new_empty((2, H, M), dtype=torch.float32)
-        ctx.shape = (len(offsets) - 1, H, D, scaling)
+        Q, H, D = query.shape
+        out, softmax = query.new_empty(Q, H, D), query.new_empty((2, H, Q), dtype=torch.float32)
+        ctx.shape = (offsets.shape[1] - 1, H, D, scaling)
         load_extension().attention_forward(
-            *((offsets.data_ptr(), *ctx.shape), *map(_heads, (query, key, value, out))),
-            *(softmax.data_ptr(), torch.get_num_threads()),
+            *(KINDS[out.dtype], (*map(Tensor.data_ptr, offsets), *ctx.shape)),
+            *(*map(_heads, (query, key, value, out)), softmax.data_ptr(), torch.get_num_threads()),
         )
         ctx.save_for_backward(query, key, value, out, softmax, offsets)
         return out
@@ -41,37 +43,42 @@ class _PackedAttention(torch.autograd.Function):
         """dv = p^T do    ds = p * (do v^T - (do * o) 1)    dq = scaling ds k    dk = scaling ds^T q"""
         query, key, value, out, softmax, offsets = ctx.saved_tensors
         d_out = _rows(d_out)
-        grads = [query.new_empty(query.shape) for _ in range(3)]
+        grads = [tensor.new_empty(tensor.shape) for tensor in (query, key, value)]
         load_extension().attention_backward(
-            *((offsets.data_ptr(), *ctx.shape), *map(_heads, (query, key, value, out)), softmax.data_ptr()),
+            *(KINDS[out.dtype], (*map(Tensor.data_ptr, offsets), *ctx.shape)),
+            *(*map(_heads, (query, key, value, out)), softmax.data_ptr()),
             *(*map(_heads, (d_out, *grads)), torch.get_num_threads()),
         )
         return *grads, None, None
 
 
-def _on_tiles(query: Tensor, dropout: float) -> bool:
+def _on_tiles(query: Tensor, key: Tensor, value: Tensor, dropout: float) -> bool:
     extension = load_extension()
     return (
         query.device.type == "cpu"
-        and query.dtype == torch.bfloat16
+        and query.dtype in KINDS
+        and query.dtype == key.dtype == value.dtype
         and dropout == 0
         and hasattr(extension, "attention_available")
         and extension.attention_available(query.shape[2])
     )
 
 
-def _by_length(query: Tensor, key: Tensor, value: Tensor, lengths: Sequence[int], scaling: float, dropout: float):
+def _by_length(query, key, value, lengths, queries, scaling, dropout) -> Tensor:
     """PyTorch's attention, neighbours of equal length together; 16-bit rows on a CPU in float32, where its backward
     takes a third of the time."""
     dtype = query.dtype
     if query.device.type == "cpu" and dtype in (torch.bfloat16, torch.float16):
         query, key, value = query.float(), key.float(), value.float()
-    groups = [(length, len(list(same))) for length, same in groupby(lengths)]
-    sizes = [length * count for length, count in groups]
-    parts = zip(*(tensor.split(sizes) for tensor in (query, key, value)), strict=True)
+    groups = [(*sizes, len(list(same))) for sizes, same in groupby(zip(queries, lengths, strict=True))]
+    asked, held = ([group[which] * group[2] for group in groups] for which in (0, 1))
+    parts = zip(query.split(asked), key.split(held), value.split(held), strict=True)
     outputs = []
-    for (length, count), part in zip(groups, parts, strict=True):
-        q, k, v = (rows.unflatten(0, (count, length)).transpose(1, 2) for rows in part)
+    for (own, length, count), part in zip(groups, parts, strict=True):
+        q, k, v = (
+            rows.unflatten(0, (count, size)).transpose(1, 2)
+            for rows, size in zip(part, (own, length, length), strict=True)
+        )
         with torch.autocast(q.device.type, enabled=False):
             out = nn.functional.scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=scaling)
         outputs.append(out.transpose(1, 2).flatten(0, 1))
@@ -79,27 +86,41 @@ def _by_length(query: Tensor, key: Tensor, value: Tensor, lengths: Sequence[int]
 
 
 def packed_attention(
-    query: Tensor, key: Tensor, value: Tensor, lengths: Sequence[int], scaling: float | None = None, dropout: float = 0
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    lengths: Sequence[int],
+    scaling: float | None = None,
+    dropout: float = 0,
+    queries: Sequence[int] | None = None,
 ) -> Tensor:
-    """softmax(scaling q k^T) v within each example, every token seeing all of its own example.
+    """softmax(scaling q k^T) v within each example, every query seeing all of its own example.
 
-    query    (M, H, D), and key and value alike: M tokens of all examples, H heads of size D
+    query    (Q, H, D): the queries of all examples, H heads of size D
+    key      (M, H, D): their tokens, and value alike
     lengths  tokens of each example, in order, M together
     scaling  D^(-1/2) by default
     dropout  of the probabilities, drawn from torch's generator
+    queries  of each example, Q together, none where there is no token; `lengths` by default
 
-    Returns (M, H, D) in the dtype given. bfloat16 on a CPU with AMX takes a kernel for heads of 32 or 64
-    (csrc/cpu/attention.h): products in bfloat16, sums and softmax in float32, an example's bits the same in any company
-    and on any number of threads. Raises ValueError for shapes and lengths that do not fit.
+    Returns (Q, H, D) in the dtype given. float32 and bfloat16 on a CPU with AMX take a kernel for heads of 32 or 64
+    (csrc/cpu/attention.h): sums and softmax in float32, products in bfloat16 or, of float32, as exact as float32; an
+    example's bits the same in any company and on any number of threads. Raises ValueError for shapes and lengths that
+    do not fit.
     """
-    check_shape("packed_attention", "query", query, M=None, H=None, D=None)
-    M, H, D = query.shape
-    for name, tensor in (("key", key), ("value", value)):
-        check_shape("packed_attention", name, tensor, M=M, H=H, D=D)
+    check_shape("packed_attention", "query", query, Q=None, H=None, D=None)
+    Q, H, D = query.shape
+    check_shape("packed_attention", "key", key, M=Q if queries is None else None, H=H, D=D)
+    check_shape("packed_attention", "value", value, M=(M := key.shape[0]), H=H, D=D)
     if min(lengths, default=0) < 0 or sum(lengths) != M:
         raise ValueError(failure("packed_attention", "lengths", f"be at least 0 and sum to M = {M}", list(lengths)))
+    queries = lengths if queries is None else queries
+    fits = len(queries) == len(lengths) and all(0 <= n <= n * size for n, size in zip(queries, lengths, strict=True))
+    if not fits or sum(queries) != Q:
+        wanted = f"be one for each of lengths, 0 where that is 0, and sum to Q = {Q}"
+        raise ValueError(failure("packed_attention", "queries", wanted, list(queries)))
     scaling = D**-0.5 if scaling is None else scaling
-    if not _on_tiles(query, dropout):
-        return _by_length(query, key, value, lengths, scaling, dropout)
-    offsets = torch.tensor([0, *accumulate(lengths)], dtype=torch.int64)
+    if not _on_tiles(query, key, value, dropout):
+        return _by_length(query, key, value, lengths, queries, scaling, dropout)
+    offsets = torch.tensor([[0, *accumulate(lengths)], [0, *accumulate(queries)]], dtype=torch.int64)
     return _PackedAttention.apply(query, key, value, offsets, scaling)

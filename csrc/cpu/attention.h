@@ -4,36 +4,40 @@
 
 namespace federa {
 
-// Head h of token m at data + m * token + h * head: `dim` bfloat16s in a row.
+// Head h of token m at data + m * token + h * head: `dim` entries in a row.
 template <class T>
-struct HeadsOf {
+struct Heads {
     T* data;
     std::int64_t token, head;
 
     T* at(std::int64_t m, std::int64_t h) const { return data + m * token + h * head; }
+    Heads from(std::int64_t m, std::int64_t h) const { return {at(m, h), token, head}; }
 };
-using Heads = HeadsOf<const std::uint16_t>;
-using HeadsOut = HeadsOf<std::uint16_t>;
 
-// Attention within each of `examples` stretches of tokens: of example e the tokens offsets[e] to offsets[e + 1].
+// Attention within each of `examples` stretches of tokens: example e has the keys and values keys[e] to keys[e + 1] and
+// the queries queries[e] to queries[e + 1].
 struct AttentionShape {
-    const std::int64_t* offsets;
+    const std::int64_t *keys, *queries;
     std::int64_t examples, heads, dim;
     float scale;
-
-    std::int64_t tokens() const { return offsets[examples]; }
 };
 
 // Whether the kernels below run here (AMX) and take heads of this size.
 bool attention_available(std::int64_t dim);
 
-// out = softmax(scale q k^T) v. The backward is given of each row the largest score and one over the sum of exponentials:
-// softmax (2, heads, tokens).
-void attention_forward(const AttentionShape& shape, Heads q, Heads k, Heads v, HeadsOut out, float* softmax,
-                       int threads);
+// Both are there for float32 (T: float) and bfloat16 (T: std::uint16_t). In float32 all products are as exact as
+// float32: three bfloat16s an entry, six products (lora_linear.h).
+
+// out = softmax(scale q k^T) v. The backward is given of each query log2(e) times the largest scaled score and one over
+// the sum of exponentials: softmax (2, heads, queries).
+template <class T>
+void attention_forward(const AttentionShape& shape, Heads<const T> q, Heads<const T> k, Heads<const T> v, Heads<T> out,
+                       float* softmax, int threads);
 
 // dq, dk and dv by d_out, recomputing the scores.
-void attention_backward(const AttentionShape& shape, Heads q, Heads k, Heads v, Heads out, const float* softmax,
-                        Heads d_out, HeadsOut dq, HeadsOut dk, HeadsOut dv, int threads);
+template <class T>
+void attention_backward(const AttentionShape& shape, Heads<const T> q, Heads<const T> k, Heads<const T> v,
+                        Heads<const T> out, const float* softmax, Heads<const T> d_out, Heads<T> dq, Heads<T> dk,
+                        Heads<T> dv, int threads);
 
 }  // namespace federa

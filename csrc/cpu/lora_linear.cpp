@@ -52,28 +52,6 @@ inline void stay_awake() {
 // As round_to_bf16, for one plane alone: halves to even, and a NaN stays one whatever its bits.
 inline __m512 nearest_bf16(__m512 value) { return widened((__m256i)_mm512_cvtneps_pbh(value)); }
 
-// Pairs of floats as three bfloat16s each, whose sum they are. An infinity leaves NaN.
-inline void split(__m512 first, __m512 second, __m512i planes[3]) {
-    for (int plane = 0; plane < 2; ++plane) {
-        const __m512 one = round_to_bf16(first), other = round_to_bf16(second);
-        planes[plane] = paired(one, other);
-        first = _mm512_sub_ps(first, one), second = _mm512_sub_ps(second, other);
-    }
-    planes[2] = paired(first, second);  // of 24 bits 8 are left, or one plane would not do
-}
-
-// The same by cutting bits off, in three quarters of the time. Such parts all lie on one side, which makes the products
-// that are left out larger (2^-25 of a sum, where the other factor is rounded): for rows, split at every use.
-inline void cut(__m512 first, __m512 second, __m512i planes[3]) {
-    const __m512 upper = _mm512_castsi512_ps(_mm512_set1_epi32(0xffff0000));
-    for (int plane = 0; plane < 2; ++plane) {
-        planes[plane] = paired(first, second);
-        first = _mm512_sub_ps(first, _mm512_and_ps(first, upper));
-        second = _mm512_sub_ps(second, _mm512_and_ps(second, upper));
-    }
-    planes[2] = paired(first, second);
-}
-
 inline __m256i upper_halves(__m512 values) {
     return _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_castps_si512(values), 16));
 }
@@ -122,6 +100,9 @@ void split_rows(const void* x, Kind kind, Index x_stride, Index rows, Index dept
                     _mm512_storeu_si512(to, interleaved(_mm512_maskz_loadu_epi16(mask, static_cast<const bf16*>(x) + at)));
                     continue;
                 }
+                const auto* ahead = static_cast<const float*>(x) + at + 6 * x_stride;  // rows apart escape the hardware
+                _mm_prefetch(ahead, _MM_HINT_T0);
+                _mm_prefetch(ahead + 16, _MM_HINT_T0);
                 __m512i parts[3];
                 cut(load_floats(x, kind, at, first(left)), load_floats(x, kind, at + 16, first(left - 16)), parts);
                 for (int plane = 0; plane < 3; ++plane) _mm512_storeu_si512(to + plane * 2 * TILE, parts[plane]);
@@ -656,6 +637,10 @@ class Task {
                     start[t] = begin_of(p, s, r, c, begin, direct, starts[t]);
                     stop[t] = direct ? static_cast<float*>(p.out) + r * p.columns + c : all_stops[t];
                 }
+                if (direct) {
+                    const bool more = s + 1 < strips_;
+                    expect(p, more ? row + SIDE : begin_, more ? column : column + SIDE);
+                }
                 block_product(job_.kind, static_cast<int>(p_planes), x + s * strip, panel, steps, &extra, shares == 1,
                               job_.rank_blocks(p), apart ? zero : start, stop, direct ? p.columns * 4 : 64);
                 if (direct) continue;
@@ -675,6 +660,13 @@ class Task {
                 }
             }
         }
+    }
+
+    // Asks for the memory of the block that is next: to own lines that are not in a cache takes as long as a block does.
+    void expect(const Projection& p, Index row, Index column) const {
+        if (row + SIDE > end_ || column + SIDE > p.columns) return;
+        const float* block = static_cast<const float*>(p.out) + row * p.columns + column;
+        for (Index r = 0; r < SIDE; ++r) __builtin_prefetch(block + r * p.columns, 1);
     }
 
     Source begin_of(const Projection& p, Index s, Index row, Index column, bool begin, bool direct, float* buffer) {

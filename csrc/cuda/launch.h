@@ -52,4 +52,28 @@ void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, std::size_t sh
 #endif
 }
 
+// The same on clusters of blocks in one row: as many as the GPU holds at once and at most `tiles`, which they divide
+// among themselves.
+template <class... Parameters, class... Arguments>
+void launch_clusters(void (*kernel)(Parameters...), unsigned tiles, unsigned in_cluster, unsigned block,
+                     std::size_t shared, cudaStream_t stream, const Arguments&... arguments) {
+#ifdef __CUDACC__
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared)),
+          "shared memory of a kernel");
+    cudaLaunchAttribute attribute{};
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim = {in_cluster, 1, 1};
+    cudaLaunchConfig_t config{};
+    config.gridDim = dim3(in_cluster), config.blockDim = dim3(block), config.dynamicSmemBytes = shared;
+    config.stream = stream, config.attrs = &attribute, config.numAttrs = 1;
+    int fit = 0;
+    check(cudaOccupancyMaxActiveClusters(&fit, kernel, &config), "clusters of a kernel");
+    config.gridDim = dim3(in_cluster * (fit < 1 ? 1 : tiles < static_cast<unsigned>(fit) ? tiles : fit));
+    check(cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...), "launch of a kernel");
+#else
+    (void)stream;
+    emulator::launch_clusters(tiles, in_cluster, block, shared, [&] { kernel(static_cast<Parameters>(arguments)...); });
+#endif
+}
+
 }  // namespace federa

@@ -13,7 +13,7 @@ import torch
 from federa.errors import InputError
 from federa.experiment import build
 from federa.folder import write_atomic
-from federa.models import resolve_model
+from federa.models import quiet_transformers, resolve_model
 from federa.randomness import Purpose, generator, torch_seed
 from federa.rounds import Watch
 from federa.study.grid import Kind, Study, laid_over, load_study
@@ -148,7 +148,8 @@ def _write_model(architecture: Mapping[str, Any] | None, config, folder: Path) -
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(torch_seed(0, Purpose.ADAPTER))
         model = (hf.AutoModelForCausalLM if causal else hf.AutoModel).from_config(settings)
-    model.save_pretrained(folder)
+    with quiet_transformers():
+        model.save_pretrained(folder)
     fast = hf.PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=LENGTH, **special)
     fast.save_pretrained(folder)
     return folder

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .._checks import failure
-from . import mma
+from . import mma, sm90
 from .reference import rank_columns
 from .tiles import Tile, Tiles, pick_mma_tiles, pick_tiles
 from .triton_kernels import _dA_kernel, _down_kernel, _dy_kernel, _gemm_kernel, _sum_kernel
@@ -55,23 +55,25 @@ _kernels = "triton"
 
 
 def kernels_for(rows: torch.dtype) -> str:
-    """Which kernels take rows of this dtype: "triton" or "mma"."""
-    return "mma" if _kernels == "mma" and rows in mma.DTYPES else "triton"
+    """Which kernels take rows of this dtype: "triton", "mma" or "sm90"."""
+    return _kernels if rows in mma.DTYPES else "triton"
 
 
 def use_kernels(name: str) -> None:
     """For tests and measurements: "mma" takes the CUDA C++ kernels (csrc/cuda/lora_linear_mma.h) for bfloat16 and
-    float16 rows, "triton" is the default. Raises RuntimeError where they are not in this build."""
+    float16 rows, "sm90" the same but for products on Hopper (csrc/cuda/lora_linear_sm90.h), "triton" is the default.
+    Raises RuntimeError where they are not in this build."""
     global _kernels
-    if name not in ("triton", "mma"):
-        raise ValueError(failure("use_kernels", "name", "be triton or mma", name))
-    if name == "mma" and (missing := mma.why_not()):
+    if name not in ("triton", "mma", "sm90"):
+        raise ValueError(failure("use_kernels", "name", "be triton, mma or sm90", name))
+    missing = {"triton": lambda: None, "mma": mma.why_not, "sm90": sm90.why_not}[name]()
+    if missing:
         raise RuntimeError(missing)
     _kernels = name
 
 
 def _pick(M: int, N: int, K: int, R: int, dtype: torch.dtype, arch: int, clients: bool = False) -> Tiles:
-    if kernels_for(dtype) == "mma":
+    if kernels_for(dtype) != "triton":
         return pick_mma_tiles(M, N, K, R, arch)
     return pick_tiles(M, N, K, R, dtype, arch, clients)
 
@@ -95,7 +97,8 @@ def _clients(offsets: Tensor | None) -> int:
 def _launch(kernel: Any, grid: tuple[int, ...], tile: Tile, *arguments: Any, **constants: Any) -> None:
     with torch.cuda.device_of(arguments[0]):
         if tile.mma:
-            mma.launch(kernel.__name__, tile, arguments, constants)
+            hopper = _kernels == "sm90" and _arch(arguments[0].device) == 90
+            (sm90 if hopper else mma).launch(kernel.__name__, tile, arguments, constants)
             return
         kernel[grid](*arguments, **constants, num_warps=tile.warps, num_stages=tile.stages, **OPTIONS)
 

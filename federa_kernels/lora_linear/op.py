@@ -71,7 +71,7 @@ def path_for(weight: Tensor, rank: int, rows: torch.dtype) -> str:
         if kernels is None:
             return "PyTorch: triton is not installed"
         taken = kernels.takes(weight.new_empty(0, dtype=rows), rank)
-        language = {"triton": "Triton", "mma": "CUDA C++"}[kernels.kernels_for(rows)]
+        language = "Triton" if kernels.kernels_for(rows) == "triton" else "CUDA C++"
         return f"{language}: fused" if taken else f"PyTorch: Triton's kernels do not take {rows} of rank {rank} here"
     if rank > cpu.MAX_RANK:
         return f"PyTorch: the kernels take ranks up to {cpu.MAX_RANK}, this is {rank}"

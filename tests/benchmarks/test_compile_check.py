@@ -37,6 +37,8 @@ def row(**changes):
         ({"mma": {"HMMA": 96}}, "has no HGMMA"),
         ({"arch": 100}, "has no UTCHMMA"),
         ({"arch": 80, "mma": {}}, "has no HMMA"),
+        ({"kernel": "gemm_sm90_kernel<Tile<half>, 8>"}, "has no UTMALDG"),
+        ({"kernel": "gemm_sm90_kernel<Tile<half>, 8>", "mma": {"UTMALDG": 3}}, "has no HGMMA"),
     ],
 )
 def test_a_tile_that_must_not_ship_is_named(changes, problem):

@@ -2,6 +2,7 @@
 // machine: each runs until it waits for its warp or block, in an order that the test picks, so what lacks a barrier
 // gives other results in another order. Whatever a block shares is NaN when it starts, and so is the target of an
 // asynchronous copy until its thread has waited for it. A barrier or warp operation that not all reach throws.
+// The blocks of a cluster run at once. What Hopper adds, which works beside the threads, is in hopper_emulator.h.
 #pragma once
 
 #include <link.h>
@@ -14,6 +15,7 @@
 #include <cstring>
 #include <deque>
 #include <functional>
+#include <map>
 #include <memory>
 #include <new>
 #include <random>
@@ -83,9 +85,11 @@ inline float to_float(__nv_bfloat16 value) { return __bfloat162float(value); }
 inline float to_float(__half value) { return __half2float(value); }
 
 constexpr std::size_t stack_bytes = 128 * 1024, shared_limit = 166912;  // the latter as on sm_80
-constexpr int poison = 0xff;                                            // all ones are NaN in every float type
+constexpr std::size_t hopper_shared_limit = 232448;
+constexpr unsigned active_clusters = 2;  // as if no more fitted onto the GPU
+constexpr int poison = 0xff;             // all ones are NaN in every float type
 
-enum class State { ready, in_warp, in_block, done };
+enum class State { ready, in_warp, in_block, until, done };  // until: a condition holds
 
 struct Copy {
     void* to;
@@ -93,8 +97,36 @@ struct Copy {
     int bytes;
 };
 
+// wgmma that a thread has started: the descriptors of its operands, its part of the sums.
+struct Product {
+    std::uint64_t a, b;
+    bool transposed;
+    int columns;
+    float* sums;
+    float (*entry)(std::uint16_t bits);
+};
+
+// What a thread has under way beside itself, in groups; sums are NaN to the thread until it has waited, and lie here.
+struct Async {
+    std::vector<Product> products;
+    std::deque<std::vector<Product>> product_groups;
+    std::map<float*, std::vector<float>> sums;
+    bool fenced = false;
+    std::vector<std::function<void()>> stores;
+    std::deque<std::vector<std::function<void()>>> store_groups;
+    bool proxied = false, others_proxied = false;  // since, and until, its last named barrier
+};
+
+struct Block {
+    dim3 index;
+    unsigned char* shared;
+    bool any = false;    // whether a thread voted so at the last barrier
+    bool begun = false;  // the next block of a cluster begins when those before it cannot go on
+};
+
 struct Thread {
     dim3 index;
+    Block* block;
     State state = State::done;
     bool started = false;
     void* place[5];  // where it goes on
@@ -106,6 +138,8 @@ struct Thread {
     void (*operation)(void* const* operands, unsigned mask);
     std::vector<Copy> copies;
     std::deque<std::vector<Copy>> groups;
+    std::function<bool()> condition;
+    Async async;
 };
 
 inline std::vector<std::unique_ptr<Thread>> threads;  // fibres, kept from one launch to the next
@@ -113,12 +147,13 @@ inline Thread* current = nullptr;
 inline std::function<void()> body;
 inline void* scheduler[5];
 inline std::string failure;
-inline unsigned char* shared = nullptr;
-inline bool any = false;  // whether a thread voted so at the last barrier
+inline std::vector<Block> cluster;                        // the blocks that run
+inline std::deque<std::function<void()>> under_way;       // what happens once no thread can go on, one at a time
+inline std::function<void(bool begins)> around_a_cluster;  // of hopper_emulator.h
 inline long seed = 0;       // the order of blocks, warps and lanes: 0 forward, -1 backward, else shuffled
 inline long launches = 0;  // so far
 
-inline unsigned char* shared_memory() { return shared; }
+inline unsigned char* shared_memory() { return current->block->shared; }
 
 #ifdef __SANITIZE_ADDRESS__
 inline const void* main_stack;
@@ -170,6 +205,7 @@ __attribute__((no_sanitize("address"))) inline void fibre() {
 __attribute__((noinline, no_sanitize("address"))) inline void resume(Thread& thread) {
     current = &thread;
     threadIdx = thread.index;
+    blockIdx = thread.block->index;
     if (__builtin_setjmp(scheduler) == 0) {
         leave_for(&thread);
         if (thread.started) go(thread.place);
@@ -253,41 +289,84 @@ inline void meet(unsigned first, unsigned count) {
     }
 }
 
-inline void run_block(unsigned count, std::mt19937& random) {
-    const std::vector<unsigned> warps = order((count + 31) / 32, random), lanes = order(32, random);
-    for (unsigned i = 0; i < count; ++i) {
+// Lets every thread that can run do so; whether any did.
+inline bool run_ready(unsigned count, const std::vector<unsigned>& warps, const std::vector<unsigned>& lanes) {
+    bool any_moved = false;
+    const unsigned in_block = (count + 31) / 32;
+    for (unsigned warp : warps) {
+        if (!cluster[warp / in_block].begun) continue;
+        const unsigned first = warp / in_block * count + 32 * (warp % in_block);
+        const unsigned here = std::min(32u, count - 32 * (warp % in_block));
+        for (unsigned lane = 0; lane < here; ++lane) {
+            Thread& thread = *threads[first + lane];
+            if (thread.state == State::until && thread.condition()) thread.state = State::ready;
+        }
+        for (bool moved = true; moved;) {
+            moved = false;
+            for (unsigned lane : lanes) {
+                if (lane >= here || threads[first + lane]->state != State::ready) continue;
+                resume(*threads[first + lane]);
+                if (!failure.empty()) throw std::runtime_error(failure);
+                moved = any_moved = true;
+            }
+            meet(first, here);
+        }
+    }
+    return any_moved;
+}
+
+// Lets the threads of each block go on that are all at its barrier; whether there was one.
+inline bool pass_barriers(unsigned count) {
+    bool passed = false;
+    for (std::size_t b = 0; b < cluster.size(); ++b) {
+        const auto first = threads.begin() + static_cast<std::ptrdiff_t>(b * count);
+        if (!std::all_of(first, first + count, [](auto& t) { return t->state == State::in_block; })) continue;
+        cluster[b].any = std::any_of(first, first + count, [](auto& t) { return t->vote; });
+        std::for_each(first, first + count, [](auto& t) { t->state = State::ready; });
+        passed = true;
+    }
+    return passed;
+}
+
+inline void run_cluster(unsigned count, std::mt19937& random) {
+    const unsigned all = count * static_cast<unsigned>(cluster.size());
+    const std::vector<unsigned> warps = order((count + 31) / 32 * cluster.size(), random), lanes = order(32, random);
+    for (unsigned i = 0; i < all; ++i) {
+        threads[i]->block = &cluster[i / count];
         threads[i]->state = State::ready;
         threads[i]->copies.clear();
         threads[i]->groups.clear();
+        threads[i]->async = {};
     }
     const auto are = [&](State state) {
-        return std::count_if(threads.begin(), threads.begin() + count, [&](auto& t) { return t->state == state; });
+        return std::count_if(threads.begin(), threads.begin() + all, [&](auto& t) { return t->state == state; });
     };
-    while (are(State::done) < count) {
-        for (unsigned warp : warps) {
-            const unsigned first = 32 * warp, here = std::min(32u, count - first);
-            for (bool moved = true; moved;) {
-                moved = false;
-                for (unsigned lane : lanes) {
-                    if (lane >= here || threads[first + lane]->state != State::ready) continue;
-                    resume(*threads[first + lane]);
-                    if (!failure.empty()) throw std::runtime_error(failure);
-                    moved = true;
-                }
-                meet(first, here);
-            }
+    std::vector<unsigned> to_begin = order(cluster.size(), random);
+    if (around_a_cluster) around_a_cluster(true);
+    while (are(State::done) < all) {
+        if (run_ready(count, warps, lanes) || pass_barriers(count)) continue;
+        if (!to_begin.empty()) {
+            cluster[to_begin.front()].begun = true;
+            to_begin.erase(to_begin.begin());
+            continue;
+        }
+        if (!under_way.empty()) {
+            const std::size_t last = under_way.size() - 1;
+            const auto next = under_way.begin() + static_cast<std::ptrdiff_t>(
+                                                      seed == 0 ? 0 : seed < 0 ? last : random() % (last + 1));
+            const auto happens = std::move(*next);
+            under_way.erase(next);
+            happens();
+            continue;
         }
         const auto waiting = are(State::in_block), ended = are(State::done);
-        if (ended == count) return;
-        if (waiting != count)
-            throw std::runtime_error("divergence: " + std::to_string(waiting) + " of " + std::to_string(count) +
-                                     " threads are at the barrier, " + std::to_string(ended) + " have ended");
-        any = false;
-        for (unsigned i = 0; i < count; ++i) {
-            any = any || threads[i]->vote;
-            threads[i]->state = State::ready;
-        }
+        if (waiting + ended < all)
+            throw std::runtime_error("deadlock: " + std::to_string(all - waiting - ended) + " of " +
+                                     std::to_string(all) + " threads wait for what does not come");
+        throw std::runtime_error("divergence: " + std::to_string(waiting) + " of " + std::to_string(all) +
+                                 " threads are at the barrier, " + std::to_string(ended) + " have ended");
     }
+    if (around_a_cluster) around_a_cluster(false);
 }
 
 inline thread_local char probe;
@@ -305,36 +384,52 @@ inline void poison_static() {
     dl_iterate_phdr(each, &probe);
 }
 
-inline void launch(dim3 grid, dim3 block, std::size_t bytes, std::function<void()> kernel) {
+inline void launch(dim3 grid, dim3 block, std::size_t bytes, std::function<void()> kernel, unsigned in_cluster = 1,
+                   std::size_t limit = shared_limit) {
     const std::size_t count = static_cast<std::size_t>(block.x) * block.y * block.z;
     const std::size_t blocks = static_cast<std::size_t>(grid.x) * grid.y * grid.z;
     if (count == 0 || count > 1024 || block.z > 64 || blocks == 0 || grid.x > 0x7fffffffu || grid.y > 65535 ||
-        grid.z > 65535 || bytes > shared_limit)
+        grid.z > 65535 || bytes > limit || in_cluster == 0 || in_cluster > 8 || grid.x % in_cluster)
         throw std::runtime_error("launch: invalid configuration");
     ++launches;
     body = std::move(kernel);
     failure.clear();
     blockDim = block;
     gridDim = grid;
-    while (threads.size() < count) threads.push_back(std::make_unique<Thread>());
-    for (unsigned i = 0; i < count; ++i)
-        threads[i]->index = {i % block.x, i / block.x % block.y, i / block.x / block.y};
+    under_way.clear();
+    cluster.resize(in_cluster);
+    while (threads.size() < count * in_cluster) threads.push_back(std::make_unique<Thread>());
+    for (unsigned i = 0; i < count * in_cluster; ++i) {
+        const unsigned at = i % static_cast<unsigned>(count);
+        threads[i]->index = {at % block.x, at / block.x % block.y, at / block.x / block.y};
+    }
     std::mt19937 random(static_cast<std::uint32_t>(seed));
     try {
-        for (unsigned at : order(blocks, random)) {
-            blockIdx = {at % grid.x, at / grid.x % grid.y, at / grid.x / grid.y};
-            void* memory = nullptr;  // of exactly these bytes, for the address sanitizer
-            if (posix_memalign(&memory, 128, std::max<std::size_t>(bytes, 1))) throw std::bad_alloc();
-            const std::unique_ptr<void, decltype(&std::free)> owner(memory, &std::free);
-            shared = static_cast<unsigned char*>(memory);
-            std::memset(shared, poison, bytes);
+        for (unsigned first : order(blocks / in_cluster, random)) {
+            std::vector<std::unique_ptr<void, decltype(&std::free)>> owners;
+            for (unsigned rank = 0; rank < in_cluster; ++rank) {
+                const unsigned at = first * in_cluster + rank;
+                void* memory = nullptr;  // of exactly these bytes, for the address sanitizer
+                if (posix_memalign(&memory, 128, std::max<std::size_t>(bytes, 1))) throw std::bad_alloc();
+                owners.emplace_back(memory, &std::free);
+                std::memset(memory, poison, bytes);
+                cluster[rank] = {{at % grid.x, at / grid.x % grid.y, at / grid.x / grid.y},
+                                 static_cast<unsigned char*>(memory)};
+            }
             poison_static();
-            run_block(static_cast<unsigned>(count), random);
+            run_cluster(static_cast<unsigned>(count), random);
         }
     } catch (...) {
         threads.clear();  // fibres that are under way have no end
         throw;
     }
+}
+
+// The same on clusters of blocks: as many as fit and at most `tiles`.
+inline void launch_clusters(unsigned tiles, unsigned in_cluster, unsigned block, std::size_t bytes,
+                            std::function<void()> kernel) {
+    launch(dim3(std::min(tiles, active_clusters) * in_cluster), dim3(block), bytes, std::move(kernel), in_cluster,
+           hopper_shared_limit);
 }
 
 template <class T>
@@ -378,7 +473,7 @@ T shuffle(unsigned mask, T value, int from, int width) {  // from: counted withi
 inline int __syncthreads_or(int predicate) {
     emulator::current->vote = predicate != 0;
     emulator::wait(emulator::State::in_block);
-    return emulator::any;
+    return emulator::current->block->any;
 }
 inline void __syncthreads() { __syncthreads_or(0); }
 

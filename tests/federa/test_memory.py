@@ -1,5 +1,6 @@
 """The peak memory of a run beside the number of its clients."""
 
+import ctypes
 import os
 import subprocess
 import sys
@@ -46,3 +47,29 @@ def test_ten_thousand_clients_take_no_more_than_ten(tiny_config, tmp_path):
         return int(done.stdout.split()[-1])
 
     assert peak(10_000) <= peak(10) + 64 * 2**20 + 1024 * 10_000
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="not glibc")
+def test_freed_memory_is_kept_until_it_is_returned():
+    """Every other of 64 MiB of blocks, so that none of it lies at the heap's end."""
+    code = """
+import ctypes, re
+from pathlib import Path
+from federa.memory import return_memory, reuse_memory
+
+def resident():
+    return int(re.search(r"VmRSS:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
+
+reuse_memory()
+blocks = [bytes(range(256)) * 4096 for _ in range(128)]
+full = resident()
+blocks[::2] = [None] * 64
+kept = resident()
+return_memory()
+print(full - kept, kept - resident())
+"""
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    freed, returned = map(int, done.stdout.split())
+    assert freed < 2**20 and returned > 60 * 2**20

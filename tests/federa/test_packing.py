@@ -22,7 +22,7 @@ SMALL = {
 
 def model_of(config):
     torch.manual_seed(0)
-    return hf.AutoModelForSequenceClassification.from_config(config).double().eval()
+    return hf.AutoModelForSequenceClassification.from_config(copy.deepcopy(config)).double().eval()
 
 
 def batch_of(lengths):
@@ -62,6 +62,39 @@ def test_layers_see_no_padding():
     assert hidden.shape == (3, 7, 16) and not hidden[0, 2:].any() and hidden[1].any(1).all()
 
 
+@pytest.mark.parametrize("family", SMALL)
+def test_only_first_tokens_leave_the_last_attention(family):
+    """Where the classifier reads no others. A backbone by itself gives all, before, after and after an error."""
+    model = model_of(SMALL[family])
+    plain = copy.deepcopy(model)
+    pack_encoder(model)
+    model, rows = copy.deepcopy(model), []  # the hooks of a copy are its own
+    backbone = model.base_model
+    last = backbone.transformer.layer[-1].ffn if family == "distilbert" else backbone.encoder.layer[-1].output
+    last.register_forward_hook(lambda module, args, output: rows.append(output.shape[1]))
+    batch = batch_of([2, 7, 3])
+    with pytest.raises(IndexError):
+        model(input_ids=batch["input_ids"] + 100, attention_mask=batch["attention_mask"])
+    for _ in range(2):
+        hidden = [own.base_model(**batch).last_hidden_state for own in (model, plain)]
+        real = batch["attention_mask"].bool()
+        assert torch.allclose(hidden[0][real], hidden[1][real], rtol=1e-11, atol=1e-11)  # float64
+        assert torch.allclose(model(**batch).logits, plain(**batch).logits, rtol=1e-11, atol=1e-11)
+    assert rows == ([12, 12] if family == "distilbert" else [12, 3]) * 2
+
+
+@pytest.mark.parametrize("head", ["AutoModelForTokenClassification", "AutoModelForQuestionAnswering"])
+def test_heads_that_read_all_tokens_get_them(head):
+    torch.manual_seed(0)
+    model = getattr(hf, head).from_config(hf.BertConfig(**SIZE | {"num_labels": 2}, **USUAL)).double().eval()
+    packed = copy.deepcopy(model)
+    pack_encoder(packed)
+    batch = batch_of([2, 7, 3])
+    real = batch["attention_mask"].bool()
+    for found, wanted in zip(packed(**batch).to_tuple(), model(**batch).to_tuple(), strict=True):
+        assert torch.allclose(found[real], wanted[real], rtol=1e-11, atol=1e-11)  # float64
+
+
 @pytest.mark.parametrize("family", ["deberta-v2", "gpt2"])
 def test_other_models_are_left_alone(tiny_models, family):
     model = hf.AutoModelForSequenceClassification.from_pretrained(tiny_models(family))
@@ -76,3 +109,6 @@ def test_packing_by_hand():
     packed = packing.pack(rows)
     assert packed.tolist() == [[[0, 1], [2, 3], [6, 7]]]
     assert packing.unpack(packed).tolist() == [[[0, 1], [2, 3], [0, 0]], [[6, 7], [0, 0], [0, 0]]]
+    assert packing.firsts.tolist() == [0, 2] and packing.unpack(packed[:, :2]).tolist() == [[[0, 1]], [[2, 3]]]
+    lonely = Packing.of(torch.tensor([[True, True], [False, False]]))  # as many tokens as examples
+    assert lonely.unpack(packed[:, :2]).tolist() == [[[0, 1], [2, 3]], [[0, 0], [0, 0]]]

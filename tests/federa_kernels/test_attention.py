@@ -1,6 +1,6 @@
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -9,32 +9,47 @@ from federa_kernels import load_extension, packed_attention
 NAMES = ("out", "dq", "dk", "dv")
 
 
-def make(lengths, H=2, D=32, dtype=torch.bfloat16, seed=0, size=1.0):
+DTYPES = (torch.bfloat16, torch.float32)
+
+
+def make(lengths, H=2, D=32, dtype=torch.bfloat16, seed=0, size=1.0, queries=None):
+    """q, k, v and dout."""
     g = torch.Generator().manual_seed(seed)
-    return [(size * torch.randn(sum(lengths), H, D, generator=g)).to(dtype) for _ in range(4)]
+    asked = sum(lengths if queries is None else queries)
+    rows = (asked, sum(lengths), sum(lengths), asked)
+    return [(size * torch.randn(count, H, D, generator=g)).to(dtype) for count in rows]
 
 
-def definition(query, key, value, lengths, scaling):
+def parts_of(query, key, value, lengths, queries):
+    asked = lengths if queries is None else queries
+    return zip(query.split(asked), key.split(lengths), value.split(lengths), strict=True)
+
+
+def definition(query, key, value, lengths, scaling, queries=None):
     outputs = []
-    for q, k, v in zip(*(tensor.split(lengths) for tensor in (query, key, value)), strict=True):
+    for q, k, v in parts_of(query, key, value, lengths, queries):
         p = torch.softmax(scaling * torch.einsum("qhd,khd->hqk", q, k), -1)
         outputs.append(torch.einsum("hqk,khd->qhd", p, v))
     return torch.cat(outputs)
 
 
-def plain(query, key, value, lengths, scaling):
+def plain(query, key, value, lengths, scaling, queries=None):
     """PyTorch's in the same dtype."""
     outputs = []
-    for part in zip(*(tensor.split(lengths) for tensor in (query, key, value)), strict=True):
+    for part in parts_of(query, key, value, lengths, queries):
         q, k, v = (rows.transpose(0, 1)[None] for rows in part)
         outputs.append(scaled_dot_product_attention(q, k, v, scale=scaling)[0].transpose(0, 1))
     return torch.cat(outputs)
 
 
-def run(function, tensors, lengths, scaling, dtype=None):
+def packed(query, key, value, lengths, scaling, queries=None):
+    return packed_attention(query, key, value, lengths, scaling, queries=queries)
+
+
+def run(function, tensors, lengths, scaling, dtype=None, queries=None):
     *inputs, d_out = (tensor.to(dtype or tensor.dtype) for tensor in tensors)
     leaves = [tensor.detach().clone().requires_grad_() for tensor in inputs]
-    out = function(*leaves, lengths, scaling)
+    out = function(*leaves, lengths, scaling, queries=queries)
     out.backward(d_out)
     return [out.detach(), *(leaf.grad for leaf in leaves)]
 
@@ -44,60 +59,69 @@ def errors(found, exact):
 
 
 @given(
-    lengths=st.lists(st.integers(0, 70), min_size=1, max_size=5).filter(sum),
+    sizes=st.lists(st.tuples(st.integers(0, 70), st.integers(0, 70)), min_size=1, max_size=5),
+    own=st.booleans(),
     H=st.integers(1, 3),
     D=st.sampled_from((32, 64, 24)),
-    dtype=st.sampled_from((torch.bfloat16, torch.float32)),
+    dtype=st.sampled_from(DTYPES),
     seed=st.integers(0, 2**31),
 )
-@settings(max_examples=60, deadline=None)
-def test_near_float64_as_pytorch_is(lengths, H, D, dtype, seed):
-    tensors, scaling = make(lengths, H, D, dtype, seed), D**-0.5
-    exact = run(definition, tensors, lengths, scaling, torch.float64)
-    expected = errors(run(plain, tensors, lengths, scaling), exact)
+@settings(max_examples=100, deadline=None)
+def test_near_float64_as_pytorch_is(sizes, own, H, D, dtype, seed):
+    """own: every token asks; else any number of queries."""
+    lengths = [length for length, _ in sizes]
+    queries = None if own else [count if length else 0 for length, count in sizes]
+    assume(sum(lengths if own else queries))
+    tensors, scaling = make(lengths, H, D, dtype, seed, queries=queries), D**-0.5
+    exact = run(definition, tensors, lengths, scaling, torch.float64, queries)
+    expected = errors(run(plain, tensors, lengths, scaling, queries=queries), exact)
     rounding = 4 * torch.finfo(torch.float32).eps * max(float(e.norm()) for e in exact)  # of sums that cancel
-    found = run(packed_attention, tensors, lengths, scaling)
+    found = run(packed, tensors, lengths, scaling, queries=queries)
     for name, own, want, theirs in zip(NAMES, found, exact, expected, strict=True):
         assert own.dtype == dtype
         allowed = max(2 * theirs, torch.finfo(dtype).eps) * float(want.norm()) + rounding
         assert float((own.double() - want).norm()) <= allowed, name
 
 
+@pytest.mark.parametrize("size", [1.0, 3.0])  # of scores: flat and steep distributions
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("D", [32, 64])
-def test_error_is_pytorchs_on_long_examples(D):
+def test_error_is_pytorchs_on_long_examples(D, dtype, size):
     lengths = [300, 128, 1, 77]
-    tensors = make(lengths, 3, D)
+    tensors = make(lengths, 3, D, dtype, size=size)
     exact = run(definition, tensors, lengths, 0.2, torch.float64)
     for found, allowed in zip(
-        errors(run(packed_attention, tensors, lengths, 0.2), exact),
+        errors(run(packed, tensors, lengths, 0.2), exact),
         errors(run(plain, tensors, lengths, 0.2), exact),
         strict=True,
     ):
         assert found <= 1.5 * allowed
 
 
-def test_bits_in_any_company_and_on_any_threads():
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_bits_in_any_company_and_on_any_threads(dtype):
     lengths = [33, 5, 64, 100]
-    tensors = make(lengths, 4)
-    together = run(packed_attention, tensors, lengths, None)
+    tensors = make(lengths, 4, dtype=dtype)
+    together = run(packed, tensors, lengths, None)
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(3)
-        for one, other in zip(run(packed_attention, tensors, lengths, None), together, strict=True):
+        for one, other in zip(run(packed, tensors, lengths, None), together, strict=True):
             assert torch.equal(one, other)
     finally:
         torch.set_num_threads(before)
-    alone = [
-        run(packed_attention, part, [len(part[0])], None)
-        for part in zip(*(t.split(lengths) for t in tensors), strict=True)
-    ]
+    alone = [run(packed, part, [len(part[0])], None) for part in zip(*(t.split(lengths) for t in tensors), strict=True)]
     for index, whole in enumerate(together):
         assert torch.equal(torch.cat([part[index] for part in alone]), whole)
+    firsts = torch.tensor([0, 33, 38, 102])  # fewer queries change no other's result
+    few = packed_attention(tensors[0][firsts], *tensors[1:3], lengths, queries=[1] * 4)
+    assert torch.equal(few, together[0][firsts])
 
 
-def test_strides_of_one_projection_and_expanded_gradients():
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_strides_of_one_projection_and_expanded_gradients(dtype):
     lengths, H, D = [40, 9], 2, 32
-    fused = torch.randn(49, 3 * H * D, generator=torch.Generator().manual_seed(1)).bfloat16()
+    fused = torch.randn(49, 3 * H * D, generator=torch.Generator().manual_seed(1)).to(dtype)
     views = [part.unflatten(1, (H, D)) for part in fused.split(H * D, 1)]
     leaves = [view.requires_grad_() for view in views]
     packed_attention(*leaves, lengths).sum().backward()
@@ -110,31 +134,37 @@ def test_strides_of_one_projection_and_expanded_gradients():
     assert torch.equal(packed_attention(*turned, lengths), out)
 
 
-def test_every_entry_is_written():
+@pytest.mark.parametrize("queries", [None, [1, 0, 0, 40]], ids=["own", "some"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_entry_is_written(dtype, queries):
     lengths = [1, 31, 0, 50]
-    tensors = make(lengths)
+    tensors = make(lengths, dtype=dtype, queries=queries)
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True)  # fresh memory holds NaN
     try:
-        found = run(packed_attention, tensors, lengths, None)
+        found = run(packed, tensors, lengths, None, queries=queries)
     finally:
         torch.use_deterministic_algorithms(before)
     assert all(bool(tensor.isfinite().all()) for tensor in found)
 
 
-def test_huge_scores_pick_one_key():
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_huge_scores_pick_one_key(dtype):
     lengths = [48]
-    query, key, value, d_out = make(lengths, 1, size=30.0)
-    out, *gradients = run(packed_attention, (query, key, value, d_out), lengths, 1.0)
+    query, key, value, d_out = make(lengths, 1, dtype=dtype, size=30.0)
+    out, *gradients = run(packed, (query, key, value, d_out), lengths, 1.0)
     winners = torch.einsum("qhd,khd->hqk", query.double(), key.double()).argmax(-1)[0]
-    assert torch.equal(out[:, 0], value[winners, 0])
+    bits = 3 * torch.finfo(dtype).eps if dtype == torch.float32 else 0.0  # p, p v and one over the sum are rounded
+    assert torch.allclose(out[:, 0], value[winners, 0], rtol=bits, atol=0)
     assert all(bool(gradient.isfinite().all()) for gradient in gradients)
 
 
-def test_equal_scores_give_the_mean():
-    query, key = torch.zeros(2, 3, 1, 32, dtype=torch.bfloat16)
-    value = torch.arange(3.0).bfloat16()[:, None, None].expand(3, 1, 32)
-    assert torch.equal(packed_attention(query, key, value, [3]), torch.ones(3, 1, 32, dtype=torch.bfloat16))
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_equal_scores_give_the_mean(dtype):
+    query, key = torch.zeros(2, 3, 1, 32, dtype=dtype)
+    value = torch.arange(3.0).to(dtype)[:, None, None].expand(3, 1, 32)
+    found = packed_attention(query, key, value, [3])
+    assert torch.allclose(found.float(), torch.ones(3, 1, 32), rtol=torch.finfo(dtype).eps)
 
 
 def test_the_kernel_takes_what_it_says():
@@ -151,7 +181,10 @@ def test_the_kernel_takes_what_it_says():
         ({"lengths": [4, 4]}, r"lengths must be at least 0 and sum to M = 7, got \[4, 4\]"),
         ({"lengths": [8, -1]}, "lengths must be at least 0"),
         ({"key": torch.zeros(6, 2, 32)}, r"key must have shape \(M, H, D\) with M=7, H=2, D=32, got \(6, 2, 32\)"),
-        ({"query": torch.zeros(7, 64)}, r"query must have shape \(M, H, D\), got \(7, 64\)"),
+        ({"query": torch.zeros(7, 64)}, r"query must have shape \(Q, H, D\), got \(7, 64\)"),
+        ({"queries": [3, 3]}, r"queries must be one for each of lengths, .* sum to Q = 7, got \[3, 3\]"),
+        ({"queries": [7]}, "queries must be one for each of lengths"),
+        ({"lengths": [7, 0], "queries": [6, 1]}, "0 where that is 0"),
     ],
 )
 def test_errors_name_the_argument(change, message):

@@ -21,7 +21,7 @@ from federa_kernels.lora_linear.tiles import MMA_GEMM, pick_mma_tiles
 from . import against_float64 as cases
 from . import test_triton_kernels as of_triton
 from .against_float64 import DTYPES, assert_as_good_as_torch, run
-from .emulated import ORDERS, Emulated, assert_within_bounds, build
+from .emulated import ORDERS, Emulated, assert_within_bounds
 from .test_triton_kernels import (
     CUTS,
     DEVICE,
@@ -40,7 +40,6 @@ from .test_triton_kernels import (
 )
 
 launch = of_triton.kernels
-SOURCES = ("csrc/cuda/lora_linear_mma.cu", "tests/emulator/lora_linear_mma.cpp")
 # Around the tiles' 64, 128 and 256 rows and columns and steps of 32 and 64; rows on 16 bytes and beside them.
 SHAPES = [
     (1, 1, 1, 1),
@@ -59,8 +58,8 @@ halves = pytest.mark.parametrize("dtype", HALVES.values(), ids=HALVES)
 
 
 @pytest.fixture(scope="module")
-def emulator(tmp_path_factory):
-    return Emulated(build(tmp_path_factory.mktemp("mma"), *SOURCES)) if DEVICE == "cpu" else None
+def emulator(request):
+    return Emulated(request.getfixturevalue("mma_library")) if DEVICE == "cpu" else None
 
 
 @pytest.fixture
@@ -315,7 +314,7 @@ def test_who_takes_which_rows(monkeypatch):
     assert [launch.kernels_for(DTYPES[name]) for name in ("bf16", "fp16", "fp32")] == ["mma", "mma", "triton"]
     launch.use_kernels("triton")
     assert launch.kernels_for(torch.bfloat16) == "triton"
-    with pytest.raises(ValueError, match="use_kernels: name must be triton or mma, got wgmma"):
+    with pytest.raises(ValueError, match="use_kernels: name must be triton, mma or sm90, got wgmma"):
         launch.use_kernels("wgmma")
 
 

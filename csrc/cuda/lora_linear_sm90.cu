@@ -1,0 +1,357 @@
+#include "cuda/lora_linear_sm90.h"
+
+#include <cstring>
+#include <initializer_list>
+
+#include "cuda/launch.h"
+#include "cuda/mma_product.h"
+#include "cuda/ptx_sm90.h"
+
+namespace federa::sm90_kernels {
+namespace {
+
+using namespace mma_kernels;
+using sm90_kernels::Gemm;  // of two
+
+constexpr int consumers = 2;       // warpgroups, each of which multiplies 64 rows
+constexpr int threads = 128 * (1 + consumers), rows_of_tile = side * consumers;
+constexpr int copies_of_out = 2;   // blocks of each consumer on their way out
+constexpr int slack = 1024 - 128;  // blocks begin on 1024 bytes, shared memory on 128
+
+// One tile of the product: 128 rows, BN columns, `side` of the depth a step, STAGES steps under way.
+// ALONG_N: the weight lies along its columns, not along the depth.
+template <class Type, int BN_, int STAGES, bool ALONG_N>
+struct Tile {
+    using T = Type;
+    static constexpr int BN = BN_, stages = STAGES, columns = BN / side;
+    static constexpr bool along_n = ALONG_N;
+    static constexpr int stage_bytes = (consumers + columns) * block_bytes;
+    static constexpr int out_bytes = consumers * copies_of_out * block_bytes;
+    static constexpr int bias_bytes = 4 * consumers * BN;
+    static constexpr int bytes = slack + stages * stage_bytes + out_bytes + bias_bytes + 16 * stages;
+    static_assert(bytes <= 227 * 1024);
+};
+
+struct Source {
+    TensorMap rows, weight;
+    int depth;
+};
+
+struct Parameters {
+    TensorMap out;
+    Source sources[max_pairs];
+    int P, M, N;
+    const void* bias;
+    Index bias_kind;
+};
+
+// The block's shared memory: stages, each the blocks of rows, then those of the weight; blocks of out; bias; barriers.
+template <class P>
+struct Shared {
+    unsigned char* const start;
+
+    __device__ Shared() : start(shared_memory() + (-shared_address(shared_memory()) & slack)) {}
+    __device__ unsigned char* rows(int stage, int consumer) const {
+        return start + stage * P::stage_bytes + consumer * block_bytes;
+    }
+    __device__ unsigned char* weight(int stage, int column) const { return rows(stage, consumers + column); }
+    __device__ unsigned char* out(int consumer, int copy) const {
+        return rows(P::stages, consumer * copies_of_out + copy);
+    }
+    __device__ float* bias(int consumer) const {
+        return reinterpret_cast<float*>(out(consumers, 0)) + consumer * P::BN;
+    }
+    __device__ Barrier* full(int stage) const { return reinterpret_cast<Barrier*>(bias(consumers)) + stage; }
+    __device__ Barrier* empty(int stage) const { return full(P::stages + stage); }
+};
+
+// The steps of producer and consumers, in the stages in turn.
+template <class P>
+struct Ring {
+    int stage = 0, parity = 0;
+
+    __device__ void next() {
+        if (++stage == P::stages) stage = 0, parity ^= 1;
+    }
+};
+
+// each(start, left) for the tiles of this block: the clusters take them in turn, and the blocks of a cluster lie above
+// each other.
+template <class P, class Each>
+__device__ void each_tile(const Parameters& p, Each each) {
+    const int size = cluster_size(), rows = blocks(p.M, size * rows_of_tile), columns = blocks(p.N, P::BN);
+    for (int at = blockIdx.x / size; at < rows * columns; at += gridDim.x / size) {
+        const Place place = place_of(at, rows, columns);
+        const int row = place.row * size + static_cast<int>(cluster_rank());
+        each(row * rows_of_tile, place.column * P::BN);
+    }
+}
+
+// One thread: fills the stages. A cluster's blocks multiply the same weights, so each loads its share of them for all.
+template <class P>
+__device__ void produce(const Parameters& p, const Shared<P>& shared) {
+    const int size = cluster_size(), rank = cluster_rank();
+    const unsigned all = (1u << size) - 1;
+    Ring<P> ring;
+    each_tile<P>(p, [&](int start, int left) {
+        for (int i = 0; i < p.P; ++i) {
+            const Source& source = p.sources[i];
+            for (int k = 0; k < source.depth; k += side, ring.next()) {
+                Barrier* const full = shared.full(ring.stage);
+                barrier_wait(shared.empty(ring.stage), ring.parity ^ 1);
+                barrier_expect(full, P::stage_bytes);
+                for (int c = 0; c < consumers; ++c)
+                    load_block(shared.rows(ring.stage, c), source.rows, full, start + c * side, k);
+                for (int j = rank; j < P::columns; j += size) {
+                    const int column = left + j * side;
+                    load_block(shared.weight(ring.stage, j), source.weight, full, P::along_n ? k : column,
+                               P::along_n ? column : k, all);
+                }
+            }
+        }
+    });
+}
+
+// The product of one step: rows (64, depth) weight (depth, BN), STEPS of 16 deep.
+template <class P, int STEPS>
+__device__ void multiply_step(float (&sums)[P::BN / 2], const Shared<P>& shared, int stage, int consumer) {
+    constexpr int eight_rows = 8 * 2 * side;  // bytes
+    const std::uint64_t a = descriptor(shared_address(shared.rows(stage, consumer)), 0, eight_rows);
+    constexpr int leading = P::along_n ? block_bytes : 0;
+    const std::uint64_t b = descriptor(shared_address(shared.weight(stage, 0)), leading, eight_rows);
+    constexpr int next_a = 16 * 2 / 16, next_b = P::along_n ? 2 * eight_rows / 16 : next_a;  // in 16 bytes
+    multiply_fence();
+#pragma unroll
+    for (int i = 0; i < STEPS; ++i) multiply_add<typename P::T, P::along_n>(sums, a + i * next_a, b + i * next_b);
+    multiply_commit();
+}
+
+// A warpgroup: multiplies its 64 rows of every tile and writes them.
+template <class P>
+__device__ void consume(const Parameters& p, const Shared<P>& shared, int consumer) {
+    using T = typename P::T;
+    const int size = cluster_size(), thread = threadIdx.x % 128, lane = thread % 32;
+    const bool writes = thread == 0;
+    const auto release = [&](int stage) {  // to all who fill it
+        if (lane < size) barrier_arrive(shared.empty(stage), lane);
+    };
+    Ring<P> ring;
+    each_tile<P>(p, [&](int start, int left) {
+        float bias[batch], sums[P::BN / 2] = {};
+        if (p.bias)  // which is there when the product is
+            gather(bias, p.bias, p.bias_kind, [&](int i) -> Index {
+                const int column = left + i * 128 + thread;
+                return i < P::BN / 128 && column < p.N ? column : -1;
+            });
+        int before = -1;  // the stage that is being multiplied beside this step's
+        for (int i = 0; i < p.P; ++i) {
+            for (int k = 0; k < p.sources[i].depth; k += side, ring.next()) {
+                barrier_wait(shared.full(ring.stage), ring.parity);
+                const int depth = p.sources[i].depth - k;  // what is beyond it in the stage is zeros
+                if (depth > 48)
+                    multiply_step<P, 4>(sums, shared, ring.stage, consumer);
+                else if (depth > 32)
+                    multiply_step<P, 3>(sums, shared, ring.stage, consumer);
+                else if (depth > 16)
+                    multiply_step<P, 2>(sums, shared, ring.stage, consumer);
+                else
+                    multiply_step<P, 1>(sums, shared, ring.stage, consumer);
+                multiply_wait<1>();
+                if (before >= 0) release(before);
+                before = ring.stage;
+            }
+        }
+        multiply_wait<0>();
+        release(before);
+
+        // In blocks of 64 columns, by the copy engine, which leaves out what is beyond the matrix.
+        if (p.bias)
+            for (int i = 0; i < P::BN / 128; ++i) shared.bias(consumer)[i * 128 + thread] = bias[i];
+#pragma unroll
+        for (int j = 0; j < P::columns; ++j) {
+            unsigned char* const out = shared.out(consumer, j % copies_of_out);
+            if (writes) store_wait<copies_of_out - 1>();
+            named_barrier(1 + consumer, 128);  // the bias is there, and the block is free
+#pragma unroll
+            for (int i = 0; i < side / 8; ++i) {
+                const int column = i * 8 + lane % 4 * 2, at = j * 32 + i * 4;
+                float2 add{};
+                if (p.bias) add = *reinterpret_cast<const float2*>(shared.bias(consumer) + j * side + column);
+#pragma unroll
+                for (int half = 0; half < 2; ++half) {
+                    alignas(4) const T pair[] = {rounded<T>(sums[at + 2 * half] + add.x),
+                                                 rounded<T>(sums[at + 2 * half + 1] + add.y)};
+                    const int row = thread / 32 * 16 + half * 8 + lane / 4;
+                    std::memcpy(out + swizzled(2 * (row * side + column)), pair, 4);
+                }
+            }
+            fence_async();
+            named_barrier(1 + consumer, 128);
+            if (writes) {
+                if (start + consumer * side < p.M && left + j * side < p.N)
+                    store_block(p.out, out, start + consumer * side, left + j * side);
+                store_commit();
+            }
+        }
+    });
+    if (writes) store_wait<0>();
+}
+
+// A kernel with dynamic shared memory carries its BYTES in its name, where benchmarks/compile_check.py reads them.
+template <class P, int BYTES>
+__global__ void __launch_bounds__(threads, 1) gemm_sm90_kernel(const __grid_constant__ Parameters p) {
+#if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
+    const Shared<P> shared;
+    if (threadIdx.x == 0) {
+        for (int i = 0; i < P::stages; ++i) {
+            barrier_init(shared.full(i), 1);
+            barrier_init(shared.empty(i), consumers * 4 * cluster_size());  // the warps that multiply
+        }
+        barriers_ready();
+    }
+    cluster_barrier();
+    const int warpgroup = __shfl_sync(~0u, static_cast<int>(threadIdx.x) / 128, 0);  // which all lanes know to be one
+    if (warpgroup == 0) {
+        give_registers<40>();
+        if (threadIdx.x == 0) produce<P>(p, shared);
+    } else {
+        take_registers<232>();
+        consume<P>(p, shared, warpgroup - 1);
+    }
+    cluster_barrier();  // the others' copies and arrivals have come before this block ends
+#else
+    __trap();  // the host lets no other GPU come here
+#endif
+}
+
+constexpr int low_threads = 256;
+
+template <class T>
+__global__ void __launch_bounds__(low_threads) low_kernel(const __grid_constant__ Low g) {
+    const Index step = static_cast<Index>(gridDim.x) * low_threads;
+    for (Index at = static_cast<Index>(blockIdx.x) * low_threads + threadIdx.x; at < (g.M + g.N) * g.R; at += step) {
+        if (at < g.M * g.R) {
+            const Index m = at / g.R, r = at % g.R;
+            float sum = 0.0f;
+            for (Index s = 0; s < g.S; ++s) sum += g.down[(s * g.M + m) * g.stride_down + r];
+            static_cast<T*>(g.low)[m * g.stride_low + r] = rounded<T>(sum);
+            if (g.copy) static_cast<T*>(g.copy)[m * g.stride_copy + r] = rounded<T>(sum);
+        } else {
+            const Index rest = at - g.M * g.R, inner = g.along_n ? g.N : g.R, i = rest / inner, j = rest % inner;
+            const Index n = g.along_n ? j : i, r = g.along_n ? i : j;
+            float value[batch];
+            gather(value, g.factor, g.factor_kind,
+                   [&](int e) -> Index { return e == 0 ? r * g.stride_fr + n * g.stride_fn : -1; });
+            static_cast<T*>(g.scaled)[i * g.stride_scaled + j] = rounded<T>(static_cast<float>(g.scale) * value[0]);
+        }
+    }
+}
+
+void need(bool sound, const char* what) {
+    if (!sound) throw std::invalid_argument(std::string("lora_linear (CUDA C++, sm_90a): ") + what);
+}
+
+void need_hopper() {
+#ifdef __CUDACC__
+    int device = 0, major = 0, minor = 0;
+    check(cudaGetDevice(&device), "lora_linear (CUDA C++, sm_90a)");
+    check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "compute capability");
+    check(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device), "compute capability");
+    need(major == 9 && minor == 0, "the GPU must be of compute capability 9.0");
+#endif
+}
+
+template <class Arguments>
+const Arguments& of(const void* arguments, std::size_t bytes) {
+    need(bytes == sizeof(Arguments), "the arguments have another size than here; build the extension again");
+    return *static_cast<const Arguments*>(arguments);
+}
+
+template <class T>
+struct Type {
+    using type = T;
+};
+
+// call(Type<T>()) for the kind of the rows.
+template <class Call>
+void with_type(Index kind, Call call) {
+    need(kind == bfloat16 || kind == float16, "rows must be bfloat16 or float16");
+    if (kind == bfloat16)
+        call(Type<__nv_bfloat16>());
+    else
+        call(Type<__half>());
+}
+
+void low(const Low& g, void* stream) {
+    need(g.M >= 0 && g.N >= 0 && g.R >= 0 && g.S >= 0, "sizes must not be negative");
+    const Index parts = blocks<Index>((g.M + g.N) * g.R, low_threads);
+    if (parts == 0) return;
+    with_type(g.kind, [&](auto type) {
+        launch(low_kernel<typename decltype(type)::type>, dim3(static_cast<unsigned>(parts < 65536 ? parts : 65536)),
+               low_threads, 0, static_cast<cudaStream_t>(stream), g);
+    });
+}
+
+template <class P>
+void gemm_in(const Gemm& g, cudaStream_t stream) {
+    using T = typename P::T;
+    Parameters p{};
+    p.out = tensor_map<T>(g.out, g.M, g.N, g.N);
+    for (int i = 0; i < g.P; ++i) {
+        const Pair& pair = g.pairs[i];
+        p.sources[i].rows = tensor_map<T>(pair.rows, g.M, pair.depth, pair.stride_rows);
+        p.sources[i].weight = P::along_n ? tensor_map<T>(pair.weight, pair.depth, g.N, pair.stride_weight)
+                                         : tensor_map<T>(pair.weight, g.N, pair.depth, pair.stride_weight);
+        p.sources[i].depth = static_cast<int>(pair.depth);
+    }
+    p.P = static_cast<int>(g.P), p.M = static_cast<int>(g.M), p.N = static_cast<int>(g.N);
+    p.bias = g.bias, p.bias_kind = g.bias_kind;
+    const Index tiles = blocks<Index>(g.M, g.cluster * rows_of_tile) * blocks<Index>(g.N, P::BN);
+    need(tiles <= 0x3fffffff, "there must be at most 2^30 tiles");
+    launch_clusters(gemm_sm90_kernel<P, P::bytes>, static_cast<unsigned>(tiles), static_cast<unsigned>(g.cluster),
+                    threads, P::bytes, stream, p);
+}
+
+void gemm(const Gemm& g, void* stream) {
+    if (g.M == 0 || g.N == 0) return;
+    for (Index size : {g.M, g.N}) need(0 < size && size <= 0x7fffff00, "sizes must be 0 to 2^31 - 256");
+    need(1 <= g.P && g.P <= max_pairs, "one product takes 1 to 8 pairs");
+    need(g.cluster == 1 || g.cluster == 2, "clusters must be of 1 or 2 blocks");
+    need(g.BN == 256 || g.BN == 128, "tiles must be 128 x 256 or 128 x 128");
+    const auto aligned = [](const void* data, Index stride) {
+        return reinterpret_cast<std::uintptr_t>(data) % 16 == 0 && stride % 8 == 0;
+    };
+    bool sound = aligned(g.out, g.N);
+    for (int i = 0; i < g.P; ++i) {
+        const Pair& pair = g.pairs[i];
+        need(0 < pair.depth && pair.depth <= 0x7fffff00, "depths must be 1 to 2^31 - 256");
+        sound = sound && aligned(pair.rows, pair.stride_rows) && aligned(pair.weight, pair.stride_weight);
+    }
+    need(sound, "rows of every matrix must begin on 16 bytes");
+    with_type(g.kind, [&](auto type) {
+        using T = typename decltype(type)::type;
+        const auto cuda_stream = static_cast<cudaStream_t>(stream);
+        if (g.BN == 256 && g.along_n)
+            gemm_in<Tile<T, 256, 4, true>>(g, cuda_stream);
+        else if (g.BN == 256)
+            gemm_in<Tile<T, 256, 4, false>>(g, cuda_stream);
+        else if (g.along_n)
+            gemm_in<Tile<T, 128, 6, true>>(g, cuda_stream);
+        else
+            gemm_in<Tile<T, 128, 6, false>>(g, cuda_stream);
+    });
+}
+
+}  // namespace
+
+void run(const char* kernel, const void* arguments, std::size_t bytes, void* stream) {
+    const std::string name = kernel;
+    need(name == "low" || name == "gemm", "kernel must be low or gemm");
+    need_hopper();
+    if (name == "low")
+        low(of<Low>(arguments, bytes), stream);
+    else
+        gemm(of<Gemm>(arguments, bytes), stream);
+}
+
+}  // namespace federa::sm90_kernels

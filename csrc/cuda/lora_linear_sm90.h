@@ -1,0 +1,74 @@
+// The product of lora_linear for Hopper (sm_90a): y = x W^T + s h B^T + bias, and dx = dy W + dh A, as one whose depth
+// goes on from (x, W) into (h, s B). What else a step needs is in lora_linear_mma.h.
+//
+// Arguments come as one struct for each kernel, every field 8 bytes, which federa_kernels/lora_linear/sm90.py mirrors.
+// Strides count entries; a null pointer is None. Rows, weights and out are of one kind, bfloat16 or float16.
+#pragma once
+
+#include <cstddef>
+
+#include "cuda/lora_linear_mma.h"
+
+namespace federa::sm90_kernels {
+
+using mma_kernels::Index;
+
+// low (M,R) = the sum of `down` (S,M,R), rounded, and the same to `copy`; scaled = scale factor (R,N), rounded, in
+// memory (R,N) if along_n, else (N,R). What a product takes as a further pair of its depth.
+struct Low {
+    Index kind, M, N, R, S;
+    const float* down;
+    Index stride_down;
+    void* low;
+    Index stride_low;
+    void* copy;
+    Index stride_copy;
+    const void* factor;
+    Index factor_kind, stride_fr, stride_fn;
+    void* scaled;
+    Index stride_scaled, along_n;
+    double scale;
+};
+
+// rows (M, depth) and weight, in memory (depth, N) if along_n, else (N, depth)
+struct Pair {
+    const void* rows;
+    Index depth, stride_rows;
+    const void* weight;
+    Index stride_weight;
+};
+
+constexpr int max_pairs = 8;
+
+// out (M,N) = sum over P pairs of rows weight, + bias, in tiles of 128 x BN (256 or 128), `cluster` (1 or 2) of which
+// share their weights. Pointers must be multiples of 16 bytes, strides and N of 8 entries.
+struct Gemm {
+    Index kind, M, N, BN, cluster, along_n, P;
+    void* out;
+    const void* bias;
+    Index bias_kind;
+    Pair pairs[max_pairs];
+};
+
+// Which tile of rows x columns of them comes at this place: `band` rows go over the columns together, so that what they
+// read meets in L2.
+struct Place {
+    int row, column;
+};
+
+#ifdef __CUDACC__
+__host__ __device__
+#endif
+constexpr Place place_of(int at, int rows, int columns) {
+    constexpr int band = 8;
+    const int top = at / (band * columns) * band, within = at % (band * columns);
+    const int height = rows - top < band ? rows - top : band;
+    return {top + within % height, within / height};
+}
+
+// Launches "low" or "gemm", whose struct is at `arguments`, on the current device and a stream of it. Throws
+// std::invalid_argument for what the kernels do not take, a GPU that is not of compute capability 9.0 among it, and
+// std::runtime_error for CUDA's own errors.
+void run(const char* kernel, const void* arguments, std::size_t bytes, void* stream);
+
+}  // namespace federa::sm90_kernels

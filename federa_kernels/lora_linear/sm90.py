@@ -1,0 +1,108 @@
+"""Launches the kernels of csrc/cuda/lora_linear_sm90.h in place of the product of one adapter or of shared inputs; what
+they do not take, and the other kernels of a step, go to mma.py.
+
+A launch is the address of a struct; the structs here mirror those of the header, field by field.
+"""
+
+import ctypes
+import functools
+from collections.abc import Sequence
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._extension import load_extension
+from . import mma
+from .mma import _at, _fields, _kind
+from .tiles import Tile, pick_sm90_tile
+
+MAX_PAIRS = 8
+ENTRIES = 8  # of 16 bytes, on which TMA's rows begin
+
+
+@functools.cache
+def why_not() -> str | None:
+    """What keeps this build from launching them; None where nothing does."""
+    if missing := mma.why_not():
+        return missing
+    if not hasattr(load_extension(), "lora_linear_sm90"):
+        return "lora_linear: the kernels for Hopper must be built, this build is older than they are"
+    if "sm_90a" not in load_extension().build_info()["architectures"]:
+        return "lora_linear: the kernels for Hopper must be built for it; let TORCH_CUDA_ARCH_LIST have 9.0a"
+    return None
+
+
+class Low(ctypes.Structure):
+    _fields_ = _fields(
+        "kind M N R S down* stride_down low* stride_low copy* stride_copy factor* factor_kind stride_fr stride_fn "
+        "scaled* stride_scaled along_n scale."
+    )
+
+
+class Pair(ctypes.Structure):
+    _fields_ = _fields("rows* depth stride_rows weight* stride_weight")
+
+
+class Gemm(ctypes.Structure):
+    _fields_ = [*_fields("kind M N BN cluster along_n P out* bias* bias_kind"), ("pairs", Pair * MAX_PAIRS)]
+
+
+def launch(kernel: str, tile: Tile, arguments: tuple, constants: dict[str, Any]) -> None:
+    """Of the Triton kernel of this name, on the current device, of compute capability 9.0, and its current stream."""
+    if kernel == "_gemm_kernel" and takes(*arguments[:4], offsets=arguments[7]):
+        _product(*arguments[:7], scalings=arguments[10])
+    else:
+        mma.launch(kernel, tile, arguments, constants)
+
+
+def takes(out: Tensor, low: Tensor | None, rows: Sequence[Tensor], weights: Sequence[Tensor], offsets: Any) -> bool:
+    """Whether TMA reaches every matrix: not empty, rows that begin on 16 bytes; one dtype; one client."""
+    along_n = _along_n(weights[0])
+    matrices = [out, *rows, *(weight if along_n else weight.t() for weight in weights)]
+    return offsets is None and all(t.dtype == out.dtype and t.numel() > 0 and _reachable(t) for t in matrices)
+
+
+def _along_n(weight: Tensor) -> bool:
+    return weight.stride(1) == 1 and weight.stride(0) != 1
+
+
+def _reachable(t: Tensor) -> bool:
+    stride = t.stride(0)
+    return t.stride(1) == 1 and stride >= t.shape[1] and stride % ENTRIES == 0 and t.data_ptr() % 16 == 0
+
+
+def _padded(rows: int, columns: int, like: Tensor) -> Tensor:
+    """Rows that begin on 16 bytes."""
+    return like.new_empty((rows, -(-columns // ENTRIES) * ENTRIES))[:, :columns]
+
+
+def _product(out, low, rows, weights, downs, factors, bias, scalings):
+    """out = sum of rows weight + low factor, where low and the scaled factor are further depth of the one product."""
+    (M, N), along_n = out.shape, _along_n(weights[0])
+    R = [factor.shape[-2] for factor in factors]
+    pairs, kept = [], []
+    for p, (start, down) in enumerate(zip(accumulate([0, *R]), downs, strict=False)):
+        own = None if low is None else low[:, start : start + R[p]]
+        taken = own if own is not None and _reachable(own) else _padded(M, R[p], out)
+        scaled = _padded(R[p], N, out) if along_n else _padded(N, R[p], out)
+        copy = (None, 0) if own is None or taken is own else (_at(own), own.stride(0))
+        factor = (_at(factors[p]), _kind(factors[p]), *factors[p].stride()[-2:])
+        values = Low(
+            *(_kind(out), M, N, R[p], down.shape[0], _at(down), down.stride(-2), _at(taken), taken.stride(0), *copy),
+            *(*factor, _at(scaled), scaled.stride(0), along_n, scalings[p]),
+        )
+        _run("low", values)
+        weight = weights[p] if along_n else weights[p].t()
+        depth = rows[p].shape[1]
+        pairs.append(Pair(_at(rows[p]), depth, rows[p].stride(0), _at(weight), weight.stride(0)))
+        pairs.append(Pair(_at(taken), R[p], taken.stride(0), _at(scaled), scaled.stride(0)))
+        kept += [taken, scaled]
+    sizes = (_kind(out), M, N, *pick_sm90_tile(M, N), along_n, len(pairs))
+    _run("gemm", Gemm(*sizes, _at(out), _at(bias), _kind(bias), (Pair * MAX_PAIRS)(*pairs)))
+
+
+def _run(name: str, values: ctypes.Structure) -> None:
+    stream = torch.cuda.current_stream().cuda_stream
+    load_extension().lora_linear_sm90(name, ctypes.addressof(values), ctypes.sizeof(values), stream)

@@ -1,0 +1,378 @@
+"""The product of lora_linear for Hopper: its own source on the CPU (tests/emulator), against float64.
+
+What nobody has written is NaN, in outputs as in shared memory; copies, products and stores happen as late as they may.
+Where there is a Hopper GPU and a build that has them, the kernels run there.
+"""
+
+import ctypes
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from federa_kernels import load_extension, lora_linear
+from federa_kernels.lora_linear import mma, op, sm90
+from federa_kernels.lora_linear.tiles import pick_sm90_tile
+
+from . import against_float64 as cases
+from . import test_triton_kernels as of_triton
+from .against_float64 import DTYPES, assert_as_good_as_torch, run
+from .emulated import ORDERS, Emulated, assert_within_bounds, build
+from .test_triton_kernels import (
+    DEVICE,
+    SCALING,
+    client_by_client,
+    clients,
+    installed,  # noqa: F401
+    linear,
+    make,
+    make_clients,
+    make_shared,
+    one_by_one,
+    scalings_of,
+    shared,
+    trained,
+)
+
+launch = of_triton.kernels
+SOURCES = ("csrc/cuda/lora_linear_sm90.cu", "tests/emulator/lora_linear_sm90.cpp")
+HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+halves = pytest.mark.parametrize("dtype", HALVES.values(), ids=HALVES)
+TILES = [(256, 2), (256, 1), (128, 2), (128, 1)]
+tiled = pytest.mark.parametrize("tile", TILES, ids=lambda t: "BN{}-cluster{}".format(*t))
+# Around the tiles' 128 and 256, the steps of 64 and 16 of the depth, more steps than stages, more tiles than clusters.
+SHAPES = [
+    (1, 8, 8, 1),
+    (17, 40, 56, 4),
+    (63, 72, 64, 8),
+    (64, 64, 128, 12),
+    (65, 136, 104, 16),
+    (128, 256, 512, 16),
+    (130, 264, 72, 24),
+    (257, 520, 24, 64),
+    (5, 8, 520, 100),
+]
+
+
+@pytest.fixture(scope="module")
+def emulators(request, tmp_path_factory):
+    """The product's and the other kernels', or None on a GPU."""
+    if DEVICE == "cuda":
+        return None
+    return Emulated(build(tmp_path_factory.mktemp("sm90"), *SOURCES)), Emulated(request.getfixturevalue("mma_library"))
+
+
+@pytest.fixture(autouse=True)
+def launched(emulators, poisoned, monkeypatch):
+    """They are chosen, and without a GPU launches go to the emulator. -> the names of kernels, as they are launched"""
+    names = []
+
+    def noted(prefix, of, call):
+        def go(name, values):
+            names.append(prefix + name)
+            call(name, values)
+
+        monkeypatch.setattr(of, "_run", go)
+
+    def emulate(emulator, function):
+        def call(name, values):
+            emulator(function, name.encode(), ctypes.byref(values), ctypes.c_size_t(ctypes.sizeof(values)))
+
+        return call
+
+    if emulators is not None:
+        for emulator in emulators:
+            emulator.order(0)
+        noted("sm90 ", sm90, emulate(emulators[0], "lora_linear_sm90"))
+        noted("mma ", mma, emulate(emulators[1], "lora_linear_mma"))
+        monkeypatch.setattr(launch, "_arch", lambda device: 90)
+    elif missing := sm90.why_not():
+        pytest.skip(missing)
+    elif torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("the GPU is not of compute capability 9.0")
+    else:
+        noted("sm90 ", sm90, sm90._run)
+        noted("mma ", mma, mma._run)
+    monkeypatch.setattr(launch, "_kernels", "sm90")
+    return names
+
+
+@pytest.fixture
+def forced(monkeypatch):
+    return lambda tile: monkeypatch.setattr(sm90, "pick_sm90_tile", lambda M, N: tile)
+
+
+@tiled
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "M{}-N{}-K{}-R{}".format(*s))
+def test_one_adapter_is_as_good_as_torch(launched, forced, shape, tile):
+    forced(tile)
+    dtype = torch.float16 if tile == (128, 1) else torch.bfloat16
+    tensors, dy = make(*shape, dtype, adapter=torch.float32)
+    assert_as_good_as_torch(linear(None), cases.plain, SCALING, tensors, dy, trained(tensors, 1))
+    assert launched.count("sm90 gemm") == 2 and "mma gemm" not in launched
+
+
+@pytest.mark.parametrize(("M", "N", "cluster"), [(1300, 16, 1), (2200, 264, 2)])
+def test_bands_of_tiles_cover_the_whole_product(launched, forced, M, N, cluster):
+    """More rows of tiles than go over the columns together."""
+    forced((128, cluster))
+    tensors, dy = make(M, N, 16, 8, torch.bfloat16)
+    call = lambda scaling, *t: launch.launch_lora_linear_fwd(*t, scaling)[0]  # noqa: E731
+    assert_as_good_as_torch(call, cases.plain, SCALING, tensors, dy, [False] * 5)
+    assert "sm90 gemm" in launched
+
+
+@pytest.mark.parametrize(
+    ("widths", "ranks"),
+    [([40, 16, 72], [8, 12, 4]), ([16, 24], [24, 1]), ([8] * 6, [3] * 6)],
+    ids=["query-key-value", "gate-up", "six"],
+)
+def test_shared_inputs_are_as_good_as_torch_one_by_one(launched, widths, ranks):
+    tensors, dys = make_shared(70, 40, widths, ranks, torch.bfloat16)
+    frozen = range(1, len(tensors), 4)
+    assert_as_good_as_torch(shared(None), one_by_one, scalings_of(len(ranks)), tensors, dys, trained(tensors, *frozen))
+    assert launched.count("sm90 gemm") == len(widths) + -(-len(widths) // 4) and "mma gemm" not in launched
+
+
+@pytest.mark.parametrize("bias", ["fp32", "fp64", None])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_any_bias_and_a_weight_in_either_order(launched, bias, transposed):
+    tensors, dy = make(70, 136, 72, 8, torch.float16, bias=bias is not None)
+    if bias:
+        tensors[4] = tensors[4].to(DTYPES[bias])
+    if transposed:
+        tensors[1] = tensors[1].T.contiguous().T
+    assert_as_good_as_torch(linear(None), cases.plain, SCALING, tensors, dy, trained(tensors, 1))
+    assert launched.count("sm90 gemm") == 2
+
+
+REFUSED = {
+    "odd N": (70, 37, 40, 8),
+    "odd K": (70, 40, 37, 8),
+    "no rows": (0, 40, 40, 8),
+}
+
+
+@pytest.mark.parametrize("shape", REFUSED.values(), ids=REFUSED)
+def test_what_tma_refuses_goes_the_portable_way(launched, monkeypatch, shape):
+    tensors, dy = make(*shape, torch.bfloat16)
+    mask = trained(tensors, 1)
+    got = run(linear(None), SCALING, tensors, dy, mask)
+    assert "sm90 gemm" not in launched and "mma gemm" in launched
+    monkeypatch.setattr(launch, "_kernels", "mma")
+    for a, b in zip(got, run(linear(None), SCALING, tensors, dy, mask), strict=True):
+        assert a is b is None or torch.equal(a, b)
+
+
+@pytest.mark.parametrize("layouts", [("transposed", "columns"), ("offset", "one number"), ("one row", "every other")])
+def test_rows_in_any_layout(layouts):
+    tensors, dy = make(33, 24, 40, 8, torch.float16, layouts=layouts)
+    assert_as_good_as_torch(linear(None), cases.plain, SCALING, tensors, dy, trained(tensors, 1))
+
+
+def test_rows_beside_16_bytes_are_not_reached_and_those_of_a_part_are(launched):
+    tensors, dy = make(70, 72, 104, 16, torch.bfloat16)
+    want = run(linear(None), SCALING, tensors, dy, trained(tensors, 1))
+    for start, kernels in ((8, ["sm90 low", "sm90 gemm"]), (3, ["mma gemm"])):
+        room = tensors[0].new_full((70, 120), torch.nan)
+        x = room[:, start : start + 104].copy_(tensors[0])
+        del launched[:]
+        y, h = launch.launch_lora_linear_fwd(x, *tensors[1:], SCALING)
+        assert launched == ["mma down", *kernels]
+        torch.testing.assert_close(y, want[0])
+        assert h.isfinite().all()
+
+
+def test_a_weight_of_another_dtype_and_clients_go_the_portable_way(launched):
+    tensors, dy = make(70, 24, 40, 8, torch.bfloat16, weight=torch.float32)
+    assert_as_good_as_torch(linear(None), cases.plain, SCALING, tensors, dy, trained(tensors, 1))
+    sizes, ranks = [7, 0, 33], [16, 5, 12]
+    tensors, dy = make_clients(sizes, ranks, dtype=torch.bfloat16)
+    pair = clients(sizes, ranks, None), client_by_client(sizes, ranks)
+    assert_as_good_as_torch(*pair, scalings_of(3), tensors, dy, trained(tensors, 1))
+    assert not any(name.startswith("sm90") for name in launched)
+
+
+def test_h_is_that_of_the_portable_way(monkeypatch):
+    tensors, _ = make(70, 40, 72, 12, torch.bfloat16)
+    h = launch.launch_lora_linear_fwd(*tensors, SCALING)[1]
+    monkeypatch.setattr(launch, "_kernels", "mma")
+    assert torch.equal(h, launch.launch_lora_linear_fwd(*tensors, SCALING)[1])
+
+
+@pytest.mark.parametrize("order", ORDERS[1:])
+def test_the_order_of_all_that_happens_changes_no_bit(emulators, forced, order):
+    if emulators is None:
+        pytest.skip("for the emulator alone")
+    for tile, shape in (((256, 2), (600, 16, 200, 24)), ((128, 1), (70, 136, 520, 8))):
+        forced(tile)
+        tensors, dy = make(*shape, torch.bfloat16)
+        results = []
+        for seed in (0, order):
+            emulators[0].order(seed)
+            results.append(run(linear(None), SCALING, tensors, dy, trained(tensors, 1)))
+        for got, want in zip(*results, strict=True):
+            assert got is want is None or torch.equal(got, want)
+
+
+def test_the_operator_takes_them(monkeypatch, launched):
+    """As on a GPU, where the path of rows that the kernels take is "triton"."""
+    monkeypatch.setattr(op, "path_of", lambda rows, packed, ranks, needs_weight=False: "triton")
+    tensors, dy = make(20, 24, 40, 8, torch.bfloat16)
+    call = lambda scaling, x, W, A, B, b: lora_linear(x, W, A, B, scaling, b)  # noqa: E731
+    assert_as_good_as_torch(call, cases.plain, SCALING, tensors, dy, trained(tensors, 1))
+    of_y = ["mma down", "sm90 low", "sm90 gemm"]
+    assert launched == [*of_y, "mma columns", "sm90 low", "sm90 gemm", "mma columns"]
+
+
+@pytest.mark.parametrize("arch", [80, 86, 89, 100, 103, 120])
+def test_no_other_gpu_sees_them(monkeypatch, launched, arch):
+    if DEVICE == "cuda":
+        pytest.skip("for the emulator alone")
+    monkeypatch.setattr(launch, "_arch", lambda device: arch)
+    tensors, dy = make(20, 24, 40, 8, torch.bfloat16)
+    run(linear(None), SCALING, tensors, dy, trained(tensors, 1))
+    assert launched and not any(name.startswith("sm90") for name in launched)
+
+
+def test_who_is_asked_for_them(monkeypatch):
+    assert [launch.kernels_for(DTYPES[name]) for name in ("bf16", "fp16", "fp32")] == ["sm90", "sm90", "triton"]
+    if (extension := load_extension()) is None or extension.build_info()["cuda_missing"]:
+        with pytest.raises(RuntimeError, match="lora_linear: the kernels in CUDA C\\+\\+ must be built"):
+            launch.use_kernels("sm90")
+
+
+@given(M=st.integers(1, 2**31 - 256), N=st.integers(1, 2**31 - 256))
+def test_every_product_gets_a_tile(M, N):
+    assert pick_sm90_tile(M, N) in TILES
+
+
+def test_tiles_fill_the_last_turn():
+    """768 columns: 192 wide tiles in two turns of 132, or 384 narrow ones in three of 5/8 of the time."""
+    assert [pick_sm90_tile(8192, N)[0] for N in (768, 3072, 4096, 14336)] == [128, 256, 256, 256]
+    assert pick_sm90_tile(128, 768) == (128, 1)
+
+
+@given(rows=st.integers(1, 40), columns=st.integers(1, 40))
+def test_tiles_come_once_each_and_in_bands(emulators, rows, columns):
+    if emulators is None:
+        pytest.skip("for the emulator alone")
+    places = torch.full((rows * columns, 2), -1, dtype=torch.int32)
+    emulators[0].library.places_of(rows, columns, ctypes.c_void_p(places.data_ptr()))
+    assert sorted(map(tuple, places.tolist())) == [(r, c) for r in range(rows) for c in range(columns)]
+    bands = places[:, 0] // 8
+    assert torch.equal(bands, bands.sort().values)
+    for band in places[:, 1].split([8 * columns] * (rows // 8) + [rows % 8 * columns]):
+        assert torch.equal(band, band.sort().values)
+
+
+GOOD = {"kind": 1, "M": 8, "N": 8, "BN": 128, "cluster": 1, "P": 1, "out": 16}
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "error"),
+    [
+        ("gemm", sm90.Gemm(**GOOD | {"kind": 0, "pairs": (sm90.Pair(16, 8, 8, 16, 8),)}), "rows must be bfloat16 or"),
+        ("gemm", sm90.Gemm(**GOOD | {"M": 2**31}), "sizes must be 0 to 2\\^31 - 256"),
+        ("gemm", sm90.Gemm(**GOOD | {"P": 9}), "one product takes 1 to 8 pairs"),
+        ("gemm", sm90.Gemm(**GOOD | {"BN": 64}), "tiles must be 128 x 256 or 128 x 128"),
+        ("gemm", sm90.Gemm(**GOOD | {"cluster": 4}), "clusters must be of 1 or 2 blocks"),
+        ("gemm", sm90.Gemm(**GOOD), "depths must be 1 to 2\\^31 - 256"),
+        ("gemm", sm90.Gemm(**GOOD | {"pairs": (sm90.Pair(8, 8, 8, 16, 8),)}), "rows of every matrix must begin on 16"),
+        ("gemm", sm90.Gemm(**GOOD | {"N": 9, "pairs": (sm90.Pair(16, 8, 8, 16, 8),)}), "rows of every matrix must"),
+        ("low", sm90.Low(M=-1), "sizes must not be negative"),
+        ("low", sm90.Gemm(), "the arguments have another size"),
+        ("down", sm90.Low(), "kernel must be low or gemm"),
+    ],
+)
+def test_what_would_reach_other_memory_is_refused(name, values, error):
+    with pytest.raises((RuntimeError, ValueError), match=f"lora_linear \\(CUDA C\\+\\+, sm_90a\\): {error}"):
+        sm90._run(name, values)
+
+
+@st.composite
+def problems(draw):
+    """(ours, the definition, scaling, tensors, dys), the tile, the order."""
+    sizes = st.integers(1, 24).map(lambda n: 8 * n) | st.integers(1, 300)
+    N, K, R = draw(sizes), draw(sizes), draw(st.integers(1, 70))
+    dtype, seed = draw(st.sampled_from(list(HALVES.values()))), draw(st.integers(0, 2**31))
+    tile, order = draw(st.sampled_from(TILES)), draw(st.sampled_from(ORDERS) | st.integers(3, 2**31))
+    if draw(st.booleans()):
+        widths = draw(st.lists(sizes, min_size=1, max_size=4))
+        tensors, dys = make_shared(draw(sizes), K, widths, [R] * len(widths), dtype, seed)
+        return shared(None), one_by_one, scalings_of(len(widths)), tensors, dys, tile, order
+    tensors, dy = make(draw(sizes), N, K, R, dtype, draw(st.sampled_from([dtype, torch.float32])), seed=seed)
+    return linear(None), cases.plain, draw(cases.scalings), tensors, dy, tile, order
+
+
+def assert_good(emulators, problem):
+    *problem, tile, order = problem
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sm90, "pick_sm90_tile", lambda M, N: tile)
+        if emulators:
+            emulators[0].order(order)
+        assert_as_good_as_torch(*problem, trained(problem[3], *range(1, len(problem[3]), 4)))
+
+
+@given(problem=problems())
+@settings(max_examples=6, deadline=None)
+def test_any_problem_is_as_good_as_torch(emulators, problem):
+    assert_good(emulators, problem)
+
+
+@pytest.mark.exhaustive
+@given(problem=problems())
+@settings(max_examples=600, deadline=None)
+def test_any_of_many_problems_is_as_good_as_torch(emulators, problem):
+    assert_good(emulators, problem)
+
+
+@pytest.mark.exhaustive
+def test_nothing_reads_or_writes_beyond_an_end(tmp_path):
+    assert_within_bounds(tmp_path, "csrc/cuda/lora_linear_sm90.cu", "tests/emulator/lora_linear_sm90_bounds.cpp")
+
+
+@pytest.mark.gpu
+@halves
+@pytest.mark.parametrize(
+    "shape",
+    [(2048, 768, 768, 16), (513, 3072, 768, 64), (4096, 4096, 4096, 8), (300, 504, 1000, 128), (7, 3424, 384, 12)],
+)
+def test_on_a_gpu_usual_layers_are_as_good_as_torch(launched, shape, dtype):
+    of_triton.test_on_a_gpu_usual_layers_are_as_good_as_torch(shape, dtype)
+    assert "sm90 gemm" in launched and "mma gemm" not in launched
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("R", [8, 16, 40])
+def test_on_a_gpu_shared_inputs_are_as_good_as_torch(R):
+    of_triton.test_on_a_gpu_shared_inputs_are_as_good_as_torch(R)
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_offsets_go_beyond_two_to_the_31():
+    of_triton.test_on_a_gpu_offsets_go_beyond_two_to_the_31()
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_a_captured_step_replays():
+    of_triton.test_on_a_gpu_a_captured_step_replays()
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_every_small_problem_is_as_good_as_torch(launched, forced):
+    """What the emulator proves, on the real thing."""
+    for tile in TILES:
+        for shape in SHAPES:
+            del launched[:]
+            test_one_adapter_is_as_good_as_torch(launched, forced, shape, tile)
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_twenty_runs_have_the_same_bits():
+    tensors, dy = make(1000, 768, 776, 24, torch.bfloat16)
+    first = run(linear(None), SCALING, tensors, dy, trained(tensors, 1))
+    for _ in range(20):
+        for got, want in zip(run(linear(None), SCALING, tensors, dy, trained(tensors, 1)), first, strict=True):
+            assert got is want is None or torch.equal(got, want)
