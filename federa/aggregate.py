@@ -313,7 +313,7 @@ class Robust:
 
     def result(self) -> Aggregate:
         count, kind = len(self._updates), self.terms.config.aggregation
-        hostile = math.floor(self.terms.config.hostile * count)
+        hostile = math.floor(self.terms.config.hostile * count + 1e-9)  # 0.29 * 100 is a little less than 29
         if kind == "krum":
             return Aggregate(dict(self._updates[self._closest(hostile)]))
         cut = (count - 1) // 2 if kind == "median" else hostile

@@ -175,4 +175,4 @@ def smallest(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     if tall is not A:
         found = _swapped(found)
     found = exact.signed(found)
-    return found.U, found.S * 2.0**exponent, found.Vh
+    return found.U, torch.ldexp(found.S, torch.tensor(exponent)), found.Vh

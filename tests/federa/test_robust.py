@@ -17,7 +17,7 @@ from federa.rounds import run_rounds, train_in_turn
 def aggregate(kind: str, *values: list[float], hostile: float = 0.2) -> list[float]:
     robust = Robust(Terms(ServerConfig(aggregation=kind, hostile=hostile), {"w": torch.zeros(len(values[0]))}))
     for client, value in enumerate(values):
-        robust.add(ClientUpdate(client, 10**client, 1, {"w": torch.tensor(value)}, {"loss": 1.0}))
+        robust.add(ClientUpdate(client, 10 ** min(client, 9), 1, {"w": torch.tensor(value)}, {"loss": 1.0}))
     return robust.result().mean["w"].tolist()
 
 
@@ -30,6 +30,8 @@ def test_trimmed_means_by_hand():
     """Five clients, one hostile: without the least and the greatest."""
     assert aggregate("trimmed-mean", [1.0], [-1e9], [3.0], [5.0], [1e9]) == [3.0]
     assert aggregate("trimmed-mean", [1.0], [2.0], [6.0]) == [3.0]  # a fifth of three clients is none
+    ones = [[1.0]] * 71  # 0.29 * 100 is 28.999999999999996
+    assert aggregate("trimmed-mean", *ones, *[[8.0]] * 29, hostile=0.29) == [1.0]
 
 
 def test_krum_by_hand():

@@ -6,6 +6,7 @@ from torch import nn
 
 from federa_kernels import FeDeRALinear, lora_init, replace_linears
 from federa_kernels.bands import CHUNK, starting_factors
+from federa_kernels.truncated_svd import smallest_svd
 
 
 def weights(*shapes, dtype=torch.float32):
@@ -37,6 +38,11 @@ def test_minor_takes_the_smallest_triplets(shape):
     product = 0.5 * init.lora_B.double() @ init.lora_A.double()
     torch.testing.assert_close(product, (U[:, -3:] * S[-3:]) @ Vh[-3:], atol=1e-5, rtol=0)
     torch.testing.assert_close(init.lora_B.norm(dim=0), init.lora_A.norm(dim=1))
+
+
+def test_minor_of_the_greatest_numbers():
+    U, S, Vh = smallest_svd(torch.diag(torch.tensor([1.7e308, 1.5e308], dtype=torch.float64)), 1)
+    assert S.tolist() == pytest.approx([1.5e308]) and U[1, 0] == Vh[0, 1] == 1
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
