@@ -3,6 +3,8 @@
 import importlib.util
 import json
 import os
+import re
+from collections import Counter
 from functools import cache
 from pathlib import Path
 
@@ -68,14 +70,19 @@ def tiny_data(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_models(tmp_path_factory, tiny_data):
     """tiny_models(family) -> the folder of a random model of the real class, two layers of width 32, with a tokenizer
-    trained on `tiny_data`."""
+    of the words of `tiny_data`."""
     import torch
     import transformers as hf
     from tokenizers import BertWordPieceTokenizer
 
     texts = [json.loads(line)["text"] for line in (tiny_data / "train.jsonl").open()]
-    wordpieces = BertWordPieceTokenizer()
-    wordpieces.train_from_iterator(texts, vocab_size=600, show_progress=False)
+    # By hand: the library's trainer breaks ties anew in every process.
+    words = Counter(re.findall(r"[a-z]+|[0-9]+|[^\sa-z0-9]", " ".join(texts).lower()))
+    letters = sorted({letter for word in words for letter in word})
+    common = sorted(words, key=lambda word: (-words[word], word))
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    pieces = dict.fromkeys([*special, *letters, *(f"##{letter}" for letter in letters), *common])
+    wordpieces = BertWordPieceTokenizer({piece: index for index, piece in enumerate([*pieces][:600])})
     tokenizer = hf.PreTrainedTokenizerFast(
         tokenizer_object=wordpieces._tokenizer, pad_token="[PAD]", unk_token="[UNK]", model_max_length=64
     )

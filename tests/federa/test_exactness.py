@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from federa.aggregate import AGGREGATORS, Mean, Stacked, Terms, moved, server_step
 from federa.checkpoint import State
-from federa.client import ClientUpdate
+from federa.client import ClientUpdate, local_steps
 from federa.config import ServerConfig, changed
 from federa.experiment import Experiment, build
 from federa.folder import RunFolder
@@ -91,7 +91,8 @@ class Walk:
                 sent[name] = start[name] + noise
             for name, weight in effective(experiment, {**start, **sent}).items():
                 mean[name] = mean.get(name, 0) + examples / sum(EXAMPLES) * weight
-            updates.append(ClientUpdate(client, examples, 1, sent, {"loss": 1.0}))
+            steps = local_steps(examples, experiment.config.client)
+            updates.append(ClientUpdate(client, examples, steps, sent, {"loss": 1.0}))
         self.updates.append(updates)
         self.reference = {name: self.reference[name] + mean[name] - begun[name] for name in mean}
         self.expected.append(dict(self.reference))
@@ -300,7 +301,8 @@ def test_fault_2d_the_start_counted_twice(walk, aggregation):
     class Idle(Walk):
         def train(self, experiment, state, round, clients):
             sent = {name: state.tensors[name].clone() for name in experiment.learner.names_in(round)}
-            return iter([ClientUpdate(client, 7, 1, sent, {"loss": 1.0}) for client in clients])
+            steps = local_steps(7, experiment.config.client)
+            return iter([ClientUpdate(client, 7, steps, sent, {"loss": 1.0}) for client in clients])
 
     run = walk("bert", rounds=1, method={"name": "federa"})
     (run.folder.path / "idle").mkdir()
