@@ -6,6 +6,7 @@ import os
 import re
 from collections import Counter
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -67,6 +68,25 @@ def tiny_data(tmp_path_factory) -> Path:
     return folder
 
 
+def _wordpieces(texts: list[str], size: int) -> list[str]:
+    """Byte-pair merges by hand: the library's trainer breaks ties anew in every process."""
+    words = Counter(re.findall(r"[a-z]+|[0-9]+|[^\sa-z0-9]", " ".join(texts).lower()))
+    parts = {word: [word[0], *(f"##{letter}" for letter in word[1:])] for word in sorted(words)}
+    pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *sorted({piece for own in parts.values() for piece in own})]
+    while len(pieces) < size:
+        pairs = Counter()
+        for word, own in parts.items():
+            for pair in pairwise(own):
+                pairs[pair] += words[word]
+        left, right = max(pairs, key=lambda pair: (pairs[pair], pair))
+        pieces.append(merged := left + right[2:])
+        for own in parts.values():
+            for i in range(len(own) - 2, -1, -1):
+                if own[i : i + 2] == [left, right]:
+                    own[i : i + 2] = [merged]
+    return pieces
+
+
 @pytest.fixture(scope="session")
 def tiny_models(tmp_path_factory, tiny_data):
     """tiny_models(family) -> the folder of a random model of the real class, two layers of width 32, with a tokenizer
@@ -74,15 +94,13 @@ def tiny_models(tmp_path_factory, tiny_data):
     import torch
     import transformers as hf
     from tokenizers import BertWordPieceTokenizer
+    from tokenizers.models import WordPiece
 
     texts = [json.loads(line)["text"] for line in (tiny_data / "train.jsonl").open()]
-    # By hand: the library's trainer breaks ties anew in every process.
-    words = Counter(re.findall(r"[a-z]+|[0-9]+|[^\sa-z0-9]", " ".join(texts).lower()))
-    letters = sorted({letter for word in words for letter in word})
-    common = sorted(words, key=lambda word: (-words[word], word))
-    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-    pieces = dict.fromkeys([*special, *letters, *(f"##{letter}" for letter in letters), *common])
-    wordpieces = BertWordPieceTokenizer({piece: index for index, piece in enumerate([*pieces][:600])})
+    vocabulary = {piece: index for index, piece in enumerate(_wordpieces(texts, 600))}
+    wordpieces = BertWordPieceTokenizer()  # given no vocabulary, it adds no [CLS] and [SEP]
+    wordpieces._tokenizer.model = WordPiece(vocabulary, unk_token="[UNK]")
+    wordpieces.add_special_tokens([*vocabulary][:5])
     tokenizer = hf.PreTrainedTokenizerFast(
         tokenizer_object=wordpieces._tokenizer, pad_token="[PAD]", unk_token="[UNK]", model_max_length=64
     )

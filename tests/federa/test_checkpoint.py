@@ -243,7 +243,7 @@ def whole(tiny_config, killer, tmp_path_factory):
         failures={"dropout": 0.2},
         evaluation={"per_client": True, "test_every": 2},
         run={"checkpoint_every": 2},
-    )
+    ).model_copy(update={"seed": 2})
     place = tmp_path_factory.mktemp("whole")
     (place / "config.yaml").write_text(dump_config(config))
     facts = killer(place / "config.yaml", place / "run", [])
