@@ -53,12 +53,19 @@ def leading() -> Iterator[None]:
 def _send_home() -> None:
     if count() > 1:
         _tell(None)
+        _part()
+
+
+def _part() -> None:
+    """Together: gloo's threads abort a process whose peer has gone before they were stopped."""
+    dist.barrier()
+    dist.destroy_process_group()
 
 
 def serve() -> None:
     """What a rank above 0 does until rank 0 is done."""
     if (begun := _told()) is None:
-        return
+        return _part()
     config, broadcast, device, threads, size = begun
     torch.set_num_threads(threads)
     experiment, cohorts = build(config, broadcast, device), Cohorts(size)
@@ -67,6 +74,7 @@ def serve() -> None:
         experiment.learner.load(state.tensors, state.base)
         own = shares[dist.get_rank()]
         dist.gather_object([list(cohorts(experiment, state, round, group)) for group in own])
+    _part()
 
 
 class Ranks:
