@@ -213,10 +213,13 @@ def test_a_killed_supernode_and_a_site_that_lies(deployed, whole):
         assert process.wait(300) == 0, deployed.log("third")
         liar.join(10)
     _, *rounds = records(folder)
-    assert [record["completed"] for record in rounds] == [[0, 2], [0], [0]]
+    first, second, third = (record["completed"] for record in rounds)
+    assert first == [0, 2] and third == [0]
+    assert second in ([0], [0, 2])  # what site 2 has answered before the kill counts
     why = [{item["client"]: item["why"] for item in record["rejected"]} for record in rounds]
     assert why[0][1].endswith("holds NaN or Inf") and list(why[0]) == [1]
-    assert " must be torch.float32 " in why[1][1] and "its site failed: " in why[1][2], why[1]
+    assert " must be torch.float32 " in why[1][1], why[1]
+    assert second == [0, 2] or "its site failed: " in why[1][2], why[1]
     assert why[2][1].startswith("its payload is oversized: ") and "site" in why[2][2], why[2]
 
 
