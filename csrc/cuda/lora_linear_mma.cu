@@ -333,20 +333,6 @@ void need(bool sound, const char* what) {
     if (!sound) throw std::invalid_argument(std::string("lora_linear (CUDA C++): ") + what);
 }
 
-template <class T>
-struct Type {
-    using type = T;
-};
-
-template <class Call>
-void with_type(Index kind, Call call) {
-    need(kind == bfloat16 || kind == float16, "rows must be bfloat16 or float16");
-    if (kind == bfloat16)
-        call(Type<__nv_bfloat16>());
-    else
-        call(Type<__half>());
-}
-
 template <class Call>
 void with_flag(bool flag, Call call) {
     if (flag)
@@ -388,7 +374,7 @@ void down(const Down& d, void* stream) {
     if (d.M == 0 || d.splits == 0) return;
     need_int({d.M, d.K, d.columns});
     const bool along_r = d.stride_r == 1 && d.stride_k != 1;
-    with_type(d.kind, [&](auto type) {
+    with_type(d.kind, need, [&](auto type) {
         using T = typename decltype(type)::type;
         const Index rows_of_A = along_r ? d.stride_k : d.stride_r, in_row = along_r ? d.stride_r : d.stride_k;
         const bool all_aligned = is_aligned<T>({d.x, d.kind, d.stride_x, 1}) && d.stride_c % 8 == 0 &&
@@ -413,7 +399,7 @@ void gemm(const Gemm& g, void* stream) {
     const bool large = g.BM == 128 && g.BN == 128;
     need(large || (g.BM == 64 && g.BN == 64), "tiles must be 128 x 128 or 64 x 64");
     const bool along_n = g.terms[0].stride_wn == 1 && g.terms[0].stride_wd != 1;
-    with_type(g.kind, [&](auto type) {
+    with_type(g.kind, need, [&](auto type) {
         using T = typename decltype(type)::type;
         bool all_aligned = true;
         for (int p = 0; p < g.P; ++p) {
@@ -443,7 +429,7 @@ void gemm(const Gemm& g, void* stream) {
 void columns(const Columns& g, void* stream) {
     if (g.N == 0) return;  // without rows gradients are zero
     need_int({g.M, g.N, g.chunk});
-    with_type(g.kind, [&](auto type) {
+    with_type(g.kind, need, [&](auto type) {
         with_rank(g.R, [&](auto rank) {
             using P = Pass<typename decltype(type)::type, rank(), rank() <= 32 ? 256 : 128>;
             need(!(P::wide && g.dh_parts), "dh and dB from one pass go up to rank 32");

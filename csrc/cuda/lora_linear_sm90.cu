@@ -267,26 +267,11 @@ const Arguments& of(const void* arguments, std::size_t bytes) {
     return *static_cast<const Arguments*>(arguments);
 }
 
-template <class T>
-struct Type {
-    using type = T;
-};
-
-// call(Type<T>()) for the kind of the rows.
-template <class Call>
-void with_type(Index kind, Call call) {
-    need(kind == bfloat16 || kind == float16, "rows must be bfloat16 or float16");
-    if (kind == bfloat16)
-        call(Type<__nv_bfloat16>());
-    else
-        call(Type<__half>());
-}
-
 void low(const Low& g, void* stream) {
     need(g.M >= 0 && g.N >= 0 && g.R >= 0 && g.S >= 0, "sizes must not be negative");
     const Index parts = blocks<Index>((g.M + g.N) * g.R, low_threads);
     if (parts == 0) return;
-    with_type(g.kind, [&](auto type) {
+    with_type(g.kind, need, [&](auto type) {
         launch(low_kernel<typename decltype(type)::type>, dim3(static_cast<unsigned>(parts < 65536 ? parts : 65536)),
                low_threads, 0, static_cast<cudaStream_t>(stream), g);
     });
@@ -328,7 +313,7 @@ void gemm(const Gemm& g, void* stream) {
         sound = sound && aligned(pair.rows, pair.stride_rows) && aligned(pair.weight, pair.stride_weight);
     }
     need(sound, "rows of every matrix must begin on 16 bytes");
-    with_type(g.kind, [&](auto type) {
+    with_type(g.kind, need, [&](auto type) {
         using T = typename decltype(type)::type;
         const auto cuda_stream = static_cast<cudaStream_t>(stream);
         if (g.BN == 256 && g.along_n)

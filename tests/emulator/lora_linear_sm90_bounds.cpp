@@ -3,27 +3,14 @@
 
 #include <cstdint>
 #include <cstdio>
-#include <memory>
 
+#include "buffer.h"
 #include "cuda/lora_linear_sm90.h"
 
 namespace {
 
 using namespace federa;
 using federa::mma_kernels::Index, federa::mma_kernels::bfloat16, federa::mma_kernels::float32;
-
-// Ones, beginning on 16 bytes as all memory of `new` does.
-template <class T>
-struct Buffer {
-    std::unique_ptr<T[]> data;
-
-    Buffer(Index count, T value) : data(new T[static_cast<std::size_t>(count)]) {
-        for (Index i = 0; i < count; ++i) data[static_cast<std::size_t>(i)] = value;
-    }
-    operator T*() const { return data.get(); }
-};
-
-constexpr std::uint16_t one = 0x3f80;  // of bfloat16
 
 void product(Index M, Index N, Index K, Index R, Index BN, Index cluster, bool along_n) {
     const Index padded = (R + 7) / 8 * 8, width = along_n ? N : padded;
