@@ -152,7 +152,7 @@ def launches(case: Case, arch: int, tiles: Tiles | None = None) -> list[Launch]:
     def record(kernel: Any, grid: tuple, tile: Tile, *arguments: Any, **constants: Any) -> None:
         found.append(Launch(kernel, tile, arguments, constants))
 
-    with mock.patch.multiple(launch, _launch=record, _arch=lambda device: arch):
+    with mock.patch.multiple(launch, _launch=record, _arch=lambda device: arch, _kernels="triton"):
         if case.form == "lora_linear":
             launch.launch_lora_linear_fwd(x, weight, A, B, bias, 0.5, tiles=tiles)
             needs = [True, False, True, True, False]

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU, in one command of at most 9 minutes: correctness, compute-sanitizer, benchmarks, figures.
 #   benchmarks/gpu_suite.sh [--dry-run]
+# Which kernels each kind of problem takes is measured first and written to federa_kernels/lora_linear/dispatch.json.
 # Needs torch >= 2.11 with CUDA, triton, peft, matplotlib, pytest and hypothesis; no network. PYTHON names the
 # interpreter. A step that fails or runs past its limit stops no later one; the exit status is 1 if any did. Records go
 # to benchmarks/results/ and, with the figures and all output, to $OUT where that is set.
@@ -16,6 +17,7 @@ esac
 export PYTHONUNBUFFERED=1
 sanitizer=$(command -v compute-sanitizer || find /usr/local -name compute-sanitizer -type f 2> /dev/null | head -n 1)
 out=${OUT:-$(mktemp -d)}
+table=federa_kernels/lora_linear/dispatch.json
 results=()
 failed=0
 total=0
@@ -33,7 +35,7 @@ step() {
   timeout --kill-after=5 "$limit" "$@" > "$out/step.log" 2>&1 || status=$?
   tail -n 12 "$out/step.log"
   cat "$out/step.log" >> "$out/gpu_suite.log"
-  cp benchmarks/results/*-cuda.jsonl "$out" 2> /dev/null # at once: a later step may be the last
+  cp benchmarks/results/*-cuda.jsonl "$table" "$out" 2> /dev/null # at once: a later step may be the last
   if [ "$status" -ne 0 ]; then failed=1; fi
   case $status in
     0) results+=("ok     $name $((SECONDS - start)) s") ;;
@@ -53,16 +55,17 @@ if command -v nvcc > /dev/null && "$python" -c "import pybind11" 2> /dev/null; t
 else
   skip build "nvcc or pybind11 is not installed; Triton needs neither"
 fi
-step correctness 130 "$python" -m pytest -q --maxfail=20 --no-header -p no:cacheprovider -m gpu tests/federa_kernels tests/benchmarks
+step correctness 125 "$python" -m pytest -q --maxfail=20 --no-header -p no:cacheprovider -m gpu tests/federa_kernels tests/benchmarks
 if [ -n "$sanitizer" ]; then # it slows a test tenfold and more: the small ones
   step sanitizer 45 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 "$sanitizer" --tool memcheck --error-exitcode 9 --target-processes all \
     "$python" -m pytest -q -x --no-header -p no:cacheprovider -m gpu -k M37 tests/benchmarks
 else
   skip sanitizer "compute-sanitizer is not installed"
 fi
-step lora_linear 140 "$python" -m benchmarks lora_linear --device cuda --record --budget 115
-step clients 40 "$python" -m benchmarks lora_linear_clients --device cuda --record --budget 25
-step compiled 45 "$python" -m benchmarks lora_linear --device cuda --record --compile --only RoBERTa-M8192 --budget 25
+step dispatch 60 "$python" -m benchmarks dispatch --device cuda --record --budget 46 # what the next ones then take
+step lora_linear 95 "$python" -m benchmarks lora_linear --device cuda --record --budget 75
+step clients 35 "$python" -m benchmarks lora_linear_clients --device cuda --record --budget 22
+step compiled 40 "$python" -m benchmarks lora_linear --device cuda --record --compile --only RoBERTa-M8192 --budget 22
 if [ -e benchmarks/truncated_svd.py ]; then
   step truncated_svd 45 "$python" -m benchmarks truncated_svd --device cuda --record
 else
@@ -76,6 +79,6 @@ if [ -n "$dry" ]; then
 fi
 
 rm -f "$out/step.log"
-tar czf "$out/gpu_suite.tar.gz" README.md benchmarks/results benchmarks/plots || failed=1
+tar czf "$out/gpu_suite.tar.gz" README.md benchmarks/results benchmarks/plots "$table" || failed=1
 printf '%s\n' "== summary, files in $out" "${results[@]}" | tee -a "$out/gpu_suite.log"
 exit "$failed"

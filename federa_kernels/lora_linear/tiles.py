@@ -3,22 +3,22 @@
 Chosen so that nothing spills (`python -m benchmarks compile_check`); not timed.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 
 @dataclass(frozen=True)
 class Tile:
-    """One program's share: BM rows, BN columns, BK of the summed dimension a step; warps, pipeline stages. mma: of the
-    kernels in CUDA C++, not in Triton."""
+    """One program's share: BM rows, BN columns, BK of the summed dimension a step; warps, pipeline stages. kernels:
+    which have it, Triton's or those in CUDA C++ ("mma", "sm90")."""
 
     BM: int
     BN: int
     BK: int
     warps: int
     stages: int
-    mma: bool = False
+    kernels: str = "triton"
 
 
 @dataclass(frozen=True)
@@ -54,9 +54,9 @@ SAFE_GEMM = (Tile(64, 64, 32, 4, 3),)
 FLOAT32_GEMM = (Tile(64, 64, 16, 8, 2), Tile(32, 32, 16, 4, 2))  # no tensor cores, operands in registers
 FLOAT32_DOWN, FLOAT32_GRAD = Tile(32, 0, 32, 4, 2), Tile(32, 32, 0, 4, 2)
 # Those that csrc/cuda/lora_linear_mma.cu has, for every GPU from sm_80 on.
-MMA_GEMM = (Tile(128, 128, 32, 4, 4, True), Tile(64, 64, 32, 4, 4, True))
-MMA_DOWN = Tile(64, 0, 64, 4, 4, True)
-MMA_GRAD, MMA_WIDE_GRAD = Tile(64, 256, 0, 4, 2, True), Tile(64, 128, 0, 4, 2, True)
+MMA_GEMM = (Tile(128, 128, 32, 4, 4, "mma"), Tile(64, 64, 32, 4, 4, "mma"))
+MMA_DOWN = Tile(64, 0, 64, 4, 4, "mma")
+MMA_GRAD, MMA_WIDE_GRAD = Tile(64, 256, 0, 4, 2, "mma"), Tile(64, 128, 0, 4, 2, "mma")
 MULTIPROCESSORS = {80: 108, 90: 132, 100: 148}
 GENERATIONS = {80: 80, 90: 90, 100: 100, 103: 100}  # others, consumer GPUs among them, have less shared memory
 
@@ -95,6 +95,12 @@ def pick_mma_tiles(M: int, N: int, K: int, R: int, arch: int) -> Tiles:
     grad = MMA_WIDE_GRAD if wide else MMA_GRAD
     splits, chunk = _parts(M, N, K, programs, MMA_DOWN, grad)
     return Tiles(gemm, MMA_DOWN, grad, splits, one_pass=not wide, chunk=chunk, on_the_fly=False)
+
+
+def for_kernels(tiles: Tiles, kernels: str) -> Tiles:
+    """The same tiles, launched by others."""
+    gemm, down, grad = (replace(tile, kernels=kernels) for tile in (tiles.gemm, tiles.down, tiles.grad))
+    return replace(tiles, gemm=gemm, down=down, grad=grad)
 
 
 def pick_sm90_tile(M: int, N: int) -> tuple[int, int]:

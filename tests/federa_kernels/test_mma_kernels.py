@@ -288,7 +288,7 @@ def test_any_problem_in_any_order_is_as_good_as_torch(emulator, problem, order):
 
 def test_the_operator_takes_them(monkeypatch, emulated):
     """As on a GPU, where the path of rows that the kernels take is "triton"."""
-    monkeypatch.setattr(op, "path_of", lambda rows, packed, ranks, needs_weight=False: "triton")
+    monkeypatch.setattr(op, "path_of", lambda *_: "triton")
     tensors, dy = make(20, 24, 40, 8, torch.bfloat16)
     before = emulated.launches()
     call = lambda scaling, x, W, A, B, b: lora_linear(x, W, A, B, scaling, b)  # noqa: E731
@@ -304,7 +304,7 @@ def test_the_operator_takes_them(monkeypatch, emulated):
 @settings(max_examples=200, deadline=None)
 def test_every_problem_on_every_gpu_gets_tiles(sizes, R, arch):
     tiles = pick_mma_tiles(*sizes, R, arch)
-    assert tiles.gemm in MMA_GEMM and all(tile.mma for tile in (tiles.gemm, tiles.down, tiles.grad))
+    assert tiles.gemm in MMA_GEMM and all(tile.kernels == "mma" for tile in (tiles.gemm, tiles.down, tiles.grad))
     assert 1 <= tiles.splits <= launch.MAX_PARTS and not tiles.on_the_fly
     assert tiles.one_pass == (R <= 32) == (tiles.grad.BN == 256)
     assert tiles.chunk % tiles.grad.BM == 0 and sizes[0] <= 65535 * tiles.chunk
