@@ -4,8 +4,10 @@ import copy
 import io
 import pickle
 import shutil
+import sys
 import weakref
 from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier
 
 import pytest
 import torch
@@ -488,6 +490,26 @@ def test_a_released_weight_serves_what_has_no_kernel():
     finally:
         if load_extension():
             cpu.use_engine(before)
+
+
+def test_threads_that_use_one_weight_for_the_first_time_at_once():
+    """One that had seen no forms let go of those which another had made meanwhile."""
+    tensors, dy = make(N=64, K=64)
+    want, interval = results(FrozenWeight(tensors[1].clone()), tensors, dy), sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(8) as pool:
+            for _ in range(60):
+                frozen, together = FrozenWeight(tensors[1].clone()), Barrier(8)
+
+                def first(_, frozen=frozen, together=together):
+                    together.wait()
+                    return results(frozen, tensors, dy)
+
+                for got in pool.map(first, range(8)):
+                    assert all(a is b is None or torch.equal(a, b) for a, b in zip(got, want, strict=True))
+    finally:
+        sys.setswitchinterval(interval)
 
 
 def test_threads_that_release_one_weight_at_once():

@@ -16,7 +16,6 @@ from federa_kernels.lora_linear import mma, op, sm90
 from federa_kernels.lora_linear.tiles import pick_sm90_tile
 
 from . import against_float64 as cases
-from . import test_triton_kernels as of_triton
 from .against_float64 import DTYPES, assert_as_good_as_torch, run
 from .emulated import ORDERS, Emulated, assert_within_bounds, build
 from .test_triton_kernels import (
@@ -35,10 +34,9 @@ from .test_triton_kernels import (
     trained,
 )
 
-launch = of_triton.kernels
+launch = op.launchers()
 SOURCES = ("csrc/cuda/lora_linear_sm90.cu", "tests/emulator/lora_linear_sm90.cpp")
 HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}
-halves = pytest.mark.parametrize("dtype", HALVES.values(), ids=HALVES)
 TILES = [(256, 2), (256, 1), (128, 2), (128, 1)]
 tiled = pytest.mark.parametrize("tile", TILES, ids=lambda t: "BN{}-cluster{}".format(*t))
 # Around the tiles' 128 and 256, the steps of 64 and 16 of the depth, more steps than stages, more tiles than clusters.
@@ -331,33 +329,6 @@ def test_any_of_many_problems_is_as_good_as_torch(emulators, problem):
 @pytest.mark.exhaustive
 def test_nothing_reads_or_writes_beyond_an_end(tmp_path):
     assert_within_bounds(tmp_path, "csrc/cuda/lora_linear_sm90.cu", "tests/emulator/lora_linear_sm90_bounds.cpp")
-
-
-@pytest.mark.gpu
-@halves
-@pytest.mark.parametrize(
-    "shape",
-    [(2048, 768, 768, 16), (513, 3072, 768, 64), (4096, 4096, 4096, 8), (300, 504, 1000, 128), (7, 3424, 384, 12)],
-)
-def test_on_a_gpu_usual_layers_are_as_good_as_torch(launched, shape, dtype):
-    of_triton.test_on_a_gpu_usual_layers_are_as_good_as_torch(shape, dtype)
-    assert "sm90 gemm" in launched and "mma gemm" not in launched
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("R", [8, 16, 40])
-def test_on_a_gpu_shared_inputs_are_as_good_as_torch(R):
-    of_triton.test_on_a_gpu_shared_inputs_are_as_good_as_torch(R)
-
-
-@pytest.mark.gpu
-def test_on_a_gpu_offsets_go_beyond_two_to_the_31():
-    of_triton.test_on_a_gpu_offsets_go_beyond_two_to_the_31()
-
-
-@pytest.mark.gpu
-def test_on_a_gpu_a_captured_step_replays():
-    of_triton.test_on_a_gpu_a_captured_step_replays()
 
 
 @pytest.mark.gpu
