@@ -323,6 +323,7 @@ __global__ void __launch_bounds__(P::threads, 2) columns_kernel(const __grid_con
             }
         }
     }
+    wait_for_earlier();  // without rows, too
 }
 
 constexpr int sum_threads = 256;

@@ -102,8 +102,9 @@ def test_what_is_not_measured_goes_to_triton(changed):
 
 def test_a_lookup_is_made_once(monkeypatch):
     first = [fastest(), fastest("one backward")]
-    monkeypatch.setattr(dispatch, "entries", lambda: pytest.fail("looked up again"))
-    assert [fastest(), fastest("one backward")] == first
+    with monkeypatch.context() as patch:
+        patch.setattr(dispatch, "entries", lambda: pytest.fail("looked up again"))
+        assert [fastest(), fastest("one backward")] == first
     assert dispatch.fastest.cache_info().hits == 2
 
 
