@@ -4,10 +4,9 @@ import copy
 import io
 import pickle
 import shutil
-import sys
 import weakref
 from concurrent.futures import ThreadPoolExecutor
-from threading import Barrier
+from threading import Event
 
 import pytest
 import torch
@@ -492,24 +491,30 @@ def test_a_released_weight_serves_what_has_no_kernel():
             cpu.use_engine(before)
 
 
-def test_threads_that_use_one_weight_for_the_first_time_at_once():
-    """One that had seen no forms let go of those which another had made meanwhile."""
-    tensors, dy = make(N=64, K=64)
-    want, interval = results(FrozenWeight(tensors[1].clone()), tensors, dy), sys.getswitchinterval()
-    sys.setswitchinterval(1e-6)
-    try:
-        with ThreadPoolExecutor(8) as pool:
-            for _ in range(60):
-                frozen, together = FrozenWeight(tensors[1].clone()), Barrier(8)
+def test_a_weight_written_to_while_a_thread_packs_it_is_packed_again(monkeypatch):
+    """Its old form, coming late, must not take the new one's place."""
+    tensors, dy = make()
+    if not cpu.packs(torch.float32, tensors[1]):
+        pytest.skip("this machine has no packed forms")
+    frozen, packing, packed = FrozenWeight(tensors[1].clone()), Event(), Event()
+    pack = cpu.pack
 
-                def first(_, frozen=frozen, together=together):
-                    together.wait()
-                    return results(frozen, tensors, dy)
+    def slowly(weight, transposed):
+        form = pack(weight, transposed)
+        if not packing.is_set():
+            packing.set()
+            packed.wait(0.3)  # in vain where the other thread waits for this one
+        return form
 
-                for got in pool.map(first, range(8)):
-                    assert all(a is b is None or torch.equal(a, b) for a, b in zip(got, want, strict=True))
-    finally:
-        sys.setswitchinterval(interval)
+    monkeypatch.setattr(cpu, "pack", slowly)
+    with ThreadPoolExecutor(1) as pool:
+        other = pool.submit(frozen.forms, torch.float32, False)
+        packing.wait()
+        frozen.weight.mul_(-2)
+        frozen.forms(torch.float32, False)
+        packed.set()
+        other.result()
+    assert_fresh(frozen, tensors, dy)
 
 
 def test_threads_that_release_one_weight_at_once():
