@@ -3,6 +3,7 @@
 #include <cstring>
 #include <initializer_list>
 
+#include "cuda/clients.h"
 #include "cuda/launch.h"
 #include "cuda/mma_product.h"
 #include "cuda/ptx_sm90.h"
@@ -17,6 +18,7 @@ constexpr int consumers = 2;       // warpgroups, each of which multiplies 64 ro
 constexpr int threads = 128 * (1 + consumers), rows_of_tile = side * consumers;
 constexpr int copies_of_out = 2;   // blocks of each consumer on their way out
 constexpr int slack = 1024 - 128;  // blocks begin on 1024 bytes, shared memory on 128
+static_assert(gap >= 2 * rows_of_tile);
 
 // One tile of the product: 128 rows, BN columns, `side` of the depth a step, STAGES steps under way.
 // ALONG_N: the weight lies along its columns, not along the depth.
@@ -34,7 +36,7 @@ struct Tile {
 
 struct Source {
     TensorMap rows, weight;
-    int depth;
+    int depth, to_next;  // rows of the weight from a client's to the next one's; 0: all have the same
 };
 
 struct Parameters {
@@ -43,6 +45,7 @@ struct Parameters {
     int P, M, N;
     const void* bias;
     Index bias_kind;
+    Segments segments;
 };
 
 // The block's shared memory: stages, each the blocks of rows, then those of the weight; blocks of out; bias; barriers.
@@ -75,15 +78,29 @@ struct Ring {
     }
 };
 
-// each(start, left) for the tiles of this block: the clusters take them in turn, and the blocks of a cluster lie above
-// each other.
+// each(start, left, clients) for the tiles of this block: clusters take them in turn, and the blocks of a cluster lie
+// above each other. `clients` have rows in one of them.
 template <class P, class Each>
 __device__ void each_tile(const Parameters& p, Each each) {
-    const int size = cluster_size(), rows = blocks(p.M, size * rows_of_tile), columns = blocks(p.N, P::BN);
+    const int size = cluster_size(), height = size * rows_of_tile, rank = cluster_rank();
+    const int rows = blocks(p.M, height), columns = blocks(p.N, P::BN);
     for (int at = blockIdx.x / size; at < rows * columns; at += gridDim.x / size) {
         const Place place = place_of(at, rows, columns);
-        const int row = place.row * size + static_cast<int>(cluster_rank());
-        each(row * rows_of_tile, place.column * P::BN);
+        const int top = place.row * height;
+        const ClientRange clients(p.segments, top, min(top + height, p.M));
+        each(top + rank * rows_of_tile, place.column * P::BN, clients);
+    }
+}
+
+// each(source, client, k) for the steps of a tile: from k on in the depth of a source, of one client where each has its
+// own weight.
+template <class Each>
+__device__ void each_step(const Parameters& p, const ClientRange& clients, Each each) {
+    for (int i = 0; i < p.P; ++i) {
+        const Source& source = p.sources[i];
+        const bool shared = source.to_next == 0;
+        for (int c = shared ? 0 : clients.first; c <= (shared ? 0 : clients.last); ++c)
+            for (int k = 0; k < source.depth; k += side) each(source, c, k);
     }
 }
 
@@ -93,22 +110,21 @@ __device__ void produce(const Parameters& p, const Shared<P>& shared) {
     const int size = cluster_size(), rank = cluster_rank();
     const unsigned all = (1u << size) - 1;
     Ring<P> ring;
-    each_tile<P>(p, [&](int start, int left) {
-        for (int i = 0; i < p.P; ++i) {
-            const Source& source = p.sources[i];
-            for (int k = 0; k < source.depth; k += side, ring.next()) {
-                Barrier* const full = shared.full(ring.stage);
-                barrier_wait(shared.empty(ring.stage), ring.parity ^ 1);
-                barrier_expect(full, P::stage_bytes);
-                for (int c = 0; c < consumers; ++c)
-                    load_block(shared.rows(ring.stage, c), source.rows, full, start + c * side, k);
-                for (int j = rank; j < P::columns; j += size) {
-                    const int column = left + j * side;
-                    load_block(shared.weight(ring.stage, j), source.weight, full, P::along_n ? k : column,
-                               P::along_n ? column : k, all);
-                }
+    each_tile<P>(p, [&](int start, int left, const ClientRange& clients) {
+        each_step(p, clients, [&](const Source& source, int client, int k) {
+            Barrier* const full = shared.full(ring.stage);
+            barrier_wait(shared.empty(ring.stage), ring.parity ^ 1);
+            barrier_expect(full, P::stage_bytes);
+            for (int i = 0; i < consumers; ++i)
+                load_block(shared.rows(ring.stage, i), source.rows, full, spread(start + i * side, client), k);
+            const int weight = client * source.to_next;
+            for (int j = rank; j < P::columns; j += size) {
+                const int column = left + j * side;
+                load_block(shared.weight(ring.stage, j), source.weight, full, weight + (P::along_n ? k : column),
+                           P::along_n ? column : k, all);
             }
-        }
+            ring.next();
+        });
     });
 }
 
@@ -126,6 +142,11 @@ __device__ void multiply_step(float (&sums)[P::BN / 2], const Shared<P>& shared,
     multiply_commit();
 }
 
+// Of clients, who have float32.
+__device__ inline const float* bias_of(const Parameters& p, int client) {
+    return static_cast<const float*>(p.bias) + static_cast<Index>(client) * p.N;
+}
+
 // A warpgroup: multiplies its 64 rows of every tile and writes them.
 template <class P>
 __device__ void consume(const Parameters& p, const Shared<P>& shared, int consumer) {
@@ -136,37 +157,41 @@ __device__ void consume(const Parameters& p, const Shared<P>& shared, int consum
         if (lane < size) barrier_arrive(shared.empty(stage), lane);
     };
     Ring<P> ring;
-    each_tile<P>(p, [&](int start, int left) {
+    each_tile<P>(p, [&](int first_row, int left, const ClientRange& clients) {
+        const int start = first_row + consumer * side;
         float bias[batch], sums[P::BN / 2] = {};
-        if (p.bias)  // which is there when the product is
+        if (p.bias)  // of the first client, which is there when the product is
             gather(bias, p.bias, p.bias_kind, [&](int i) -> Index {
                 const int column = left + i * 128 + thread;
-                return i < P::BN / 128 && column < p.N ? column : -1;
+                return i < P::BN / 128 && column < p.N ? static_cast<Index>(clients.first) * p.N + column : -1;
             });
         int before = -1;  // the stage that is being multiplied beside this step's
-        for (int i = 0; i < p.P; ++i) {
-            for (int k = 0; k < p.sources[i].depth; k += side, ring.next()) {
-                barrier_wait(shared.full(ring.stage), ring.parity);
-                const int depth = p.sources[i].depth - k;  // what is beyond it in the stage is zeros
-                if (depth > 48)
-                    multiply_step<P, 4>(sums, shared, ring.stage, consumer);
-                else if (depth > 32)
-                    multiply_step<P, 3>(sums, shared, ring.stage, consumer);
-                else if (depth > 16)
-                    multiply_step<P, 2>(sums, shared, ring.stage, consumer);
-                else
-                    multiply_step<P, 1>(sums, shared, ring.stage, consumer);
-                multiply_wait<1>();
-                if (before >= 0) release(before);
-                before = ring.stage;
-            }
-        }
+        each_step(p, clients, [&](const Source& source, int, int k) {
+            barrier_wait(shared.full(ring.stage), ring.parity);
+            const int depth = source.depth - k;  // what is beyond it in the stage is zeros, in the rows at least
+            if (depth > 48)
+                multiply_step<P, 4>(sums, shared, ring.stage, consumer);
+            else if (depth > 32)
+                multiply_step<P, 3>(sums, shared, ring.stage, consumer);
+            else if (depth > 16)
+                multiply_step<P, 2>(sums, shared, ring.stage, consumer);
+            else
+                multiply_step<P, 1>(sums, shared, ring.stage, consumer);
+            multiply_wait<1>();
+            if (before >= 0) release(before);
+            before = ring.stage;
+            ring.next();
+        });
         multiply_wait<0>();
         release(before);
 
         // In blocks of 64 columns, by the copy engine, which leaves out what is beyond the matrix.
         if (p.bias)
             for (int i = 0; i < P::BN / 128; ++i) shared.bias(consumer)[i * 128 + thread] = bias[i];
+        const int row = thread / 32 * 16 + lane / 4;  // of two that this thread has, the other 8 below it
+        int owner[] = {clients.first, clients.first};
+        if (clients.several())
+            for (int half = 0; half < 2; ++half) owner[half] = client_of(start + row + half * 8, p.segments);
 #pragma unroll
         for (int j = 0; j < P::columns; ++j) {
             unsigned char* const out = shared.out(consumer, j % copies_of_out);
@@ -174,22 +199,23 @@ __device__ void consume(const Parameters& p, const Shared<P>& shared, int consum
             named_barrier(1 + consumer, 128);  // the bias is there, and the block is free
 #pragma unroll
             for (int i = 0; i < side / 8; ++i) {
-                const int column = i * 8 + lane % 4 * 2, at = j * 32 + i * 4;
-                float2 add{};
-                if (p.bias) add = *reinterpret_cast<const float2*>(shared.bias(consumer) + j * side + column);
+                const int column = i * 8 + lane % 4 * 2, within = j * side + column, at = j * 32 + i * 4;
+                float2 of_first{};
+                if (p.bias) of_first = *reinterpret_cast<const float2*>(shared.bias(consumer) + within);
 #pragma unroll
                 for (int half = 0; half < 2; ++half) {
+                    float2 add = of_first;
+                    if (owner[half] != clients.first && left + within < p.N)
+                        add = *reinterpret_cast<const float2*>(bias_of(p, owner[half]) + left + within);
                     alignas(4) const T pair[] = {rounded<T>(sums[at + 2 * half] + add.x),
                                                  rounded<T>(sums[at + 2 * half + 1] + add.y)};
-                    const int row = thread / 32 * 16 + half * 8 + lane / 4;
-                    std::memcpy(out + swizzled(2 * (row * side + column)), pair, 4);
+                    std::memcpy(out + swizzled(2 * ((row + half * 8) * side + column)), pair, 4);
                 }
             }
             fence_async();
             named_barrier(1 + consumer, 128);
             if (writes) {
-                if (start + consumer * side < p.M && left + j * side < p.N)
-                    store_block(p.out, out, start + consumer * side, left + j * side);
+                if (start < p.M && left + j * side < p.N) store_block(p.out, out, start, left + j * side);
                 store_commit();
             }
         }
@@ -224,26 +250,72 @@ __global__ void __launch_bounds__(threads, 1) gemm_sm90_kernel(const __grid_cons
 #endif
 }
 
+// What Low is: entry `at` of each of its four parts, which one kernel writes.
+
+template <class T>
+__device__ void write_low(const Low& g, Index at) {
+    const Index m = at / g.R, r = at % g.R, c = g.segments.offsets ? client_of(m, g.segments) : 0;
+    const Client own(g.segments, c, 0, g.M, g.R, g.scale);
+    float sum = 0.0f;
+    if (r < own.rank)
+        for (Index s = 0; s < g.S; ++s) sum += g.down[(s * g.M + m) * g.stride_down + r];
+    static_cast<T*>(g.low)[spread(m, c) * g.stride_low + r] = rounded<T>(sum);
+    if (g.copy) static_cast<T*>(g.copy)[m * g.stride_copy + r] = rounded<T>(sum);
+}
+
+template <class T>
+__device__ void write_gap(const Low& g, Index at) {
+    const Index row = at / g.R, r = at % g.R, c = row / gap;
+    const Index place = spread(g.segments.offsets[c + 1], c) + row % gap;
+    static_cast<T*>(g.low)[place * g.stride_low + r] = rounded<T>(0.0f);
+}
+
+template <class T>
+__device__ T scaled_entry(const Low& g, Index c, Index r, Index n) {
+    const Client own(g.segments, c, 0, g.M, g.R, g.scale);
+    float value[batch];
+    gather(value, g.factor, g.factor_kind, [&](int i) -> Index {
+        return i == 0 && r < own.rank ? c * g.stride_fc + r * g.stride_fr + n * g.stride_fn : -1;
+    });
+    return rounded<T>(own.scale * value[0]);
+}
+
+// NaN or inf in one client's factor must reach its rows only, and 0 * NaN is NaN: so such entries become 0, and what is
+// added to the client's rows is NaN.
+template <class T>
+__device__ void write_scaled(const Low& g, Index at) {
+    const Index width = g.along_n ? g.N : g.R, height = g.along_n ? g.R : g.N;
+    const Index row = at / width, column = at % width, c = row / height, within = row % height;
+    T value = scaled_entry<T>(g, c, g.along_n ? within : column, g.along_n ? column : within);
+    if (g.add && !isfinite(as_float(value))) value = rounded<T>(0.0f);
+    static_cast<T*>(g.scaled)[row * g.stride_scaled + column] = value;
+}
+
+template <class T>
+__device__ void write_add(const Low& g, Index at) {
+    const Index c = at / g.N, n = at % g.N;
+    float add[batch];
+    gather(add, g.bias, g.bias_kind, [&](int i) -> Index { return i == 0 && g.bias ? c * g.stride_bias + n : -1; });
+    for (Index r = 0; r < g.R; ++r)
+        if (!isfinite(as_float(scaled_entry<T>(g, c, r, n)))) add[0] = NAN;
+    g.add[at] = add[0];
+}
+
 constexpr int low_threads = 256;
 
 template <class T>
 __global__ void __launch_bounds__(low_threads) low_kernel(const __grid_constant__ Low g) {
-    const Index step = static_cast<Index>(gridDim.x) * low_threads;
-    for (Index at = static_cast<Index>(blockIdx.x) * low_threads + threadIdx.x; at < (g.M + g.N) * g.R; at += step) {
-        if (at < g.M * g.R) {
-            const Index m = at / g.R, r = at % g.R;
-            float sum = 0.0f;
-            for (Index s = 0; s < g.S; ++s) sum += g.down[(s * g.M + m) * g.stride_down + r];
-            static_cast<T*>(g.low)[m * g.stride_low + r] = rounded<T>(sum);
-            if (g.copy) static_cast<T*>(g.copy)[m * g.stride_copy + r] = rounded<T>(sum);
-        } else {
-            const Index rest = at - g.M * g.R, inner = g.along_n ? g.N : g.R, i = rest / inner, j = rest % inner;
-            const Index n = g.along_n ? j : i, r = g.along_n ? i : j;
-            float value[batch];
-            gather(value, g.factor, g.factor_kind,
-                   [&](int e) -> Index { return e == 0 ? r * g.stride_fr + n * g.stride_fn : -1; });
-            static_cast<T*>(g.scaled)[i * g.stride_scaled + j] = rounded<T>(static_cast<float>(g.scale) * value[0]);
-        }
+    const Index C = g.segments.C, rows = g.M * g.R, gaps = (C - 1) * gap * g.R, factors = C * g.N * g.R;
+    const Index all = rows + gaps + factors + (g.add ? C * g.N : 0), step = static_cast<Index>(gridDim.x) * low_threads;
+    for (Index i = static_cast<Index>(blockIdx.x) * low_threads + threadIdx.x; i < all; i += step) {
+        if (Index at = i; at < rows)
+            write_low<T>(g, at);
+        else if (at -= rows; at < gaps)
+            write_gap<T>(g, at);
+        else if (at -= gaps; at < factors)
+            write_scaled<T>(g, at);
+        else
+            write_add<T>(g, at - factors);
     }
 }
 
@@ -284,7 +356,8 @@ void with_type(Index kind, Call call) {
 
 void low(const Low& g, void* stream) {
     need(g.M >= 0 && g.N >= 0 && g.R >= 0 && g.S >= 0, "sizes must not be negative");
-    const Index parts = blocks<Index>((g.M + g.N) * g.R, low_threads);
+    need(g.segments.C >= 1, "there must be one client or more");
+    const Index parts = blocks<Index>((g.M + g.segments.C * g.N) * g.R, low_threads);
     if (parts == 0) return;
     with_type(g.kind, [&](auto type) {
         launch(low_kernel<typename decltype(type)::type>, dim3(static_cast<unsigned>(parts < 65536 ? parts : 65536)),
@@ -299,13 +372,14 @@ void gemm_in(const Gemm& g, cudaStream_t stream) {
     p.out = tensor_map<T>(g.out, g.M, g.N, g.N);
     for (int i = 0; i < g.P; ++i) {
         const Pair& pair = g.pairs[i];
-        p.sources[i].rows = tensor_map<T>(pair.rows, g.M, pair.depth, pair.stride_rows);
-        p.sources[i].weight = P::along_n ? tensor_map<T>(pair.weight, pair.depth, g.N, pair.stride_weight)
-                                         : tensor_map<T>(pair.weight, g.N, pair.depth, pair.stride_weight);
+        const Index C = pair.own ? g.segments.C : 1, height = P::along_n ? pair.depth : g.N;
+        p.sources[i].rows = tensor_map<T>(pair.rows, spread(g.M, C - 1), pair.depth, pair.stride_rows);
+        p.sources[i].weight = tensor_map<T>(pair.weight, C * height, P::along_n ? g.N : pair.depth, pair.stride_weight);
         p.sources[i].depth = static_cast<int>(pair.depth);
+        p.sources[i].to_next = pair.own ? static_cast<int>(height) : 0;
     }
     p.P = static_cast<int>(g.P), p.M = static_cast<int>(g.M), p.N = static_cast<int>(g.N);
-    p.bias = g.bias, p.bias_kind = g.bias_kind;
+    p.bias = g.bias, p.bias_kind = g.bias_kind, p.segments = g.segments;
     const Index tiles = blocks<Index>(g.M, g.cluster * rows_of_tile) * blocks<Index>(g.N, P::BN);
     need(tiles <= 0x3fffffff, "there must be at most 2^30 tiles");
     launch_clusters(gemm_sm90_kernel<P, P::bytes>, static_cast<unsigned>(tiles), static_cast<unsigned>(g.cluster),
@@ -316,6 +390,11 @@ void gemm(const Gemm& g, void* stream) {
     if (g.M == 0 || g.N == 0) return;
     for (Index size : {g.M, g.N}) need(0 < size && size <= 0x7fffff00, "sizes must be 0 to 2^31 - 256");
     need(1 <= g.P && g.P <= max_pairs, "one product takes 1 to 8 pairs");
+    if (g.segments.offsets) {
+        need(g.segments.C >= 1 && spread(g.M, g.segments.C) <= 0x7fffff00 && g.segments.C * g.N <= 0x7fffff00,
+             "clients must be at least one, and their rows and factors less than 2^31");
+        need(g.bias && g.bias_kind == float32, "clients must have a float32 bias");
+    }
     need(g.cluster == 1 || g.cluster == 2, "clusters must be of 1 or 2 blocks");
     need(g.BN == 256 || g.BN == 128, "tiles must be 128 x 256 or 128 x 128");
     const auto aligned = [](const void* data, Index stride) {
@@ -325,6 +404,7 @@ void gemm(const Gemm& g, void* stream) {
     for (int i = 0; i < g.P; ++i) {
         const Pair& pair = g.pairs[i];
         need(0 < pair.depth && pair.depth <= 0x7fffff00, "depths must be 1 to 2^31 - 256");
+        need(!pair.own || !g.along_n || g.segments.C * pair.depth <= 0x7fffff00, "factors must have fewer rows");
         sound = sound && aligned(pair.rows, pair.stride_rows) && aligned(pair.weight, pair.stride_weight);
     }
     need(sound, "rows of every matrix must begin on 16 bytes");

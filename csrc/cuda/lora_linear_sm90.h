@@ -11,10 +11,13 @@
 
 namespace federa::sm90_kernels {
 
-using mma_kernels::Index;
+using mma_kernels::Index, mma_kernels::Segments;
 
 // low (M,R) = the sum of `down` (S,M,R), rounded, and the same to `copy`; scaled = scale factor (R,N), rounded, in
 // memory (R,N) if along_n, else (N,R). What a product takes as a further pair of its depth.
+//
+// Of clients: low (M + gap (C-1), R), where `gap` rows of zeros lie between the rows of each two, so that any block of
+// rows has one client's and zeros; scaled, one after another; add (C,N), what their rows get beside the product.
 struct Low {
     Index kind, M, N, R, S;
     const float* down;
@@ -24,29 +27,44 @@ struct Low {
     void* copy;
     Index stride_copy;
     const void* factor;
-    Index factor_kind, stride_fr, stride_fn;
+    Index factor_kind, stride_fc, stride_fr, stride_fn;
     void* scaled;
     Index stride_scaled, along_n;
     double scale;
+    const void* bias;
+    Index bias_kind, stride_bias;
+    float* add;  // null: one client
+    Segments segments;
 };
 
-// rows (M, depth) and weight, in memory (depth, N) if along_n, else (N, depth)
+constexpr int gap = 256;  // as many rows as blocks multiply by the same weights
+
+// Where a client's row lies in `low`; and a block of rows, wherever it begins, is the client's if any in it is.
+#ifdef __CUDACC__
+__host__ __device__
+#endif
+constexpr Index spread(Index row, Index client) {
+    return row + gap * client;
+}
+
+// rows (M, depth) and weight, in memory (depth, N) if along_n, else (N, depth); own: clients', as Low leaves them
 struct Pair {
     const void* rows;
     Index depth, stride_rows;
     const void* weight;
-    Index stride_weight;
+    Index stride_weight, own;
 };
 
 constexpr int max_pairs = 8;
 
-// out (M,N) = sum over P pairs of rows weight, + bias, in tiles of 128 x BN (256 or 128), `cluster` (1 or 2) of which
-// share their weights. Pointers must be multiples of 16 bytes, strides and N of 8 entries.
+// out (M,N) = sum over P pairs of rows weight, + bias (of clients (C,N), float32), in tiles of 128 x BN (256 or 128),
+// `cluster` (1 or 2) of which share their weights. Pointers must be multiples of 16 bytes, strides and N of 8 entries.
 struct Gemm {
     Index kind, M, N, BN, cluster, along_n, P;
     void* out;
     const void* bias;
     Index bias_kind;
+    Segments segments;
     Pair pairs[max_pairs];
 };
 

@@ -1,5 +1,6 @@
 // The way into csrc/cuda/lora_linear_sm90.cu for tests.
 
+#include "cuda/clients.h"
 #include "cuda/lora_linear_sm90.h"
 
 #include "hopper_emulator.h"
@@ -14,4 +15,14 @@ EXPORTED void places_of(int rows, int columns, int* places) {
         const auto [row, column] = federa::sm90_kernels::place_of(at, rows, columns);
         places[2 * at] = row, places[2 * at + 1] = column;
     }
+}
+
+// The first and last client with rows in [start, stop).
+EXPORTED void clients_of(const int* offsets, int C, int start, int stop, int* first_last) {
+    const federa::mma_kernels::ClientRange range({offsets, nullptr, nullptr, C}, start, stop);
+    first_last[0] = range.first, first_last[1] = range.last;
+}
+
+EXPORTED std::int64_t spread_row(std::int64_t row, std::int64_t client) {
+    return federa::sm90_kernels::spread(row, client);
 }

@@ -5,6 +5,7 @@ Where there is a Hopper GPU and a build that has them, the kernels run there.
 """
 
 import ctypes
+import itertools
 
 import pytest
 import torch
@@ -53,6 +54,7 @@ SHAPES = [
     (257, 520, 24, 64),
     (5, 8, 520, 100),
 ]
+CUTS = of_triton.CUTS | {"across-tiles": [100, 30, 0, 126, 1, 260, 5]}
 
 
 @pytest.fixture(scope="module")
@@ -135,6 +137,61 @@ def test_shared_inputs_are_as_good_as_torch_one_by_one(launched, widths, ranks):
     assert launched.count("sm90 gemm") == len(widths) + -(-len(widths) // 4) and "mma gemm" not in launched
 
 
+@pytest.mark.parametrize("tile", [(256, 2), (128, 1)], ids=str)
+@pytest.mark.parametrize("cut", CUTS)
+def test_clients_are_as_good_as_torch_one_by_one(launched, forced, cut, tile):
+    forced(tile)
+    sizes, ranks = CUTS[cut], [(16, 8, 1, 12)[c % 4] for c in range(len(CUTS[cut]))]
+    N, K = (264, 136) if cut == "across-tiles" else (40, 24)
+    tensors, dy = make_clients(sizes, ranks, N, K, dtype=torch.float16 if tile == (128, 1) else torch.bfloat16)
+    pair = clients(sizes, ranks, None), client_by_client(sizes, ranks)
+    assert_as_good_as_torch(*pair, scalings_of(len(sizes)), tensors, dy, trained(tensors, 1))
+    assert launched.count("sm90 gemm") == 2 * (sum(sizes) > 0)
+
+
+@pytest.mark.parametrize(("R", "bias"), [(12, "one"), (40, None), (100, "own")])
+def test_clients_of_any_rank_and_bias(launched, R, bias):
+    sizes, ranks = [7, 0, 120, 64], [R, 5, 2**31 - 1, 17]
+    tensors, dy = make_clients(sizes, None, R=R, bias=bias, dtype=torch.bfloat16)
+    pair = clients(sizes, ranks, None), client_by_client(sizes, ranks)
+    assert_as_good_as_torch(*pair, scalings_of(4), tensors, dy, trained(tensors, 1))
+    assert launched.count("sm90 gemm") == 2
+
+
+def test_one_client_never_reaches_another(forced):
+    sizes, rows, others = [90, 80, 30], slice(90, 170), [0, 2]
+    tensors, dy = make_clients(sizes, None, dtype=torch.bfloat16)
+    for tile in TILES:
+        forced(tile)
+        call, mask = clients(sizes, None, None), trained(tensors, 1)
+        y, dx, _, *grads = run(call, [1.0] * 3, tensors, dy, mask)
+        lost = [t.clone() for t in (*tensors, dy)]
+        lost[0][rows], lost[5][rows], lost[4][1] = torch.inf, torch.nan, torch.nan
+        lost[2][1], lost[3][1] = torch.nan, torch.inf
+        y_lost, dx_lost, _, *grads_lost = run(call, [1.0] * 3, lost[:5], lost[5], mask)
+        for got, want in ((y_lost, y), (dx_lost, dx)):
+            assert not got[rows].isfinite().any()
+            got[rows] = want[rows]
+            assert torch.equal(got, want)
+        for got, want in zip(grads_lost, grads, strict=True):
+            assert torch.equal(got[others], want[others])
+
+
+def test_an_infinite_entry_of_a_factor_reaches_its_column_of_its_client():
+    sizes, rows, scalings = [90, 80, 30], slice(90, 170), [1.0, 2.0, 1.0]
+    (x, weight, A, B, bias), dy = make_clients(sizes, None, dtype=torch.float16)
+    call, mask = clients(sizes, None, None), [True, False, False, False, False]
+    A_lost, B_lost = A.clone(), B.clone()
+    A_lost[1, 4, 7], B_lost[1, 5, 3] = torch.inf, torch.finfo(torch.float16).max  # which scaling takes beyond float16
+    y, dx = run(call, scalings, [x, weight, A, B, bias], dy, mask)[:2]
+    y_lost = run(call, scalings, [x, weight, A, B_lost, bias], dy, mask)[0]
+    dx_lost = run(call, scalings, [x, weight, A_lost, B, bias], dy, mask)[1]
+    for got, want, column in ((y_lost, y, 5), (dx_lost, dx, 7)):
+        assert got[rows, column].isnan().all()
+        got[rows, column] = want[rows, column]
+        assert torch.equal(got, want)
+
+
 @pytest.mark.parametrize("bias", ["fp32", "fp64", None])
 @pytest.mark.parametrize("transposed", [False, True])
 def test_any_bias_and_a_weight_in_either_order(launched, bias, transposed):
@@ -184,21 +241,36 @@ def test_rows_beside_16_bytes_are_not_reached_and_those_of_a_part_are(launched):
         assert h.isfinite().all()
 
 
-def test_a_weight_of_another_dtype_and_clients_go_the_portable_way(launched):
+def test_a_weight_of_another_dtype_goes_the_portable_way(launched):
     tensors, dy = make(70, 24, 40, 8, torch.bfloat16, weight=torch.float32)
     assert_as_good_as_torch(linear(None), cases.plain, SCALING, tensors, dy, trained(tensors, 1))
-    sizes, ranks = [7, 0, 33], [16, 5, 12]
-    tensors, dy = make_clients(sizes, ranks, dtype=torch.bfloat16)
-    pair = clients(sizes, ranks, None), client_by_client(sizes, ranks)
-    assert_as_good_as_torch(*pair, scalings_of(3), tensors, dy, trained(tensors, 1))
     assert not any(name.startswith("sm90") for name in launched)
 
 
 def test_h_is_that_of_the_portable_way(monkeypatch):
     tensors, _ = make(70, 40, 72, 12, torch.bfloat16)
-    h = launch.launch_lora_linear_fwd(*tensors, SCALING)[1]
+    of_clients, _ = make_clients([30, 0, 40], [5, 1, 16], dtype=torch.bfloat16)
+    segments = [torch.tensor(t, dtype=torch.int32, device=DEVICE) for t in ([0, 30, 30, 70], [5, 1, 16])]
+    segments.insert(1, torch.tensor(scalings_of(3), device=DEVICE))
+
+    def both():
+        own = launch.launch_lora_linear_clients_fwd(*of_clients, *segments)[1]
+        return launch.launch_lora_linear_fwd(*tensors, SCALING)[1], own
+
+    got = both()
     monkeypatch.setattr(launch, "_kernels", "mma")
-    assert torch.equal(h, launch.launch_lora_linear_fwd(*tensors, SCALING)[1])
+    for h, want in zip(got, both(), strict=True):
+        assert torch.equal(h, want)
+
+
+def test_launches_do_not_depend_on_the_number_of_clients(launched):
+    counts = []
+    for C in (2, 24):
+        tensors, dy = make_clients([24 // C] * C, None, N=16, K=16, R=4, dtype=torch.bfloat16)
+        del launched[:]
+        run(clients([24 // C] * C, None, None), [1.0] * C, tensors, dy, trained(tensors, 1))
+        counts.append(len(launched))
+    assert counts == [8, 8]
 
 
 @pytest.mark.parametrize("order", ORDERS[1:])
@@ -212,6 +284,8 @@ def test_the_order_of_all_that_happens_changes_no_bit(emulators, forced, order):
         for seed in (0, order):
             emulators[0].order(seed)
             results.append(run(linear(None), SCALING, tensors, dy, trained(tensors, 1)))
+            tensors_of, dy_of = make_clients([90, 200], [8, 16], 136, 72, dtype=torch.bfloat16)
+            results[-1] += run(clients([90, 200], [8, 16], None), [1.0, 2.0], tensors_of, dy_of, trained(tensors_of, 1))
         for got, want in zip(*results, strict=True):
             assert got is want is None or torch.equal(got, want)
 
@@ -267,6 +341,32 @@ def test_tiles_come_once_each_and_in_bands(emulators, rows, columns):
         assert torch.equal(band, band.sort().values)
 
 
+@given(
+    sizes=st.lists(st.integers(0, 3) | st.integers(0, 300), min_size=1, max_size=8), height=st.sampled_from([128, 256])
+)
+def test_every_block_of_spread_rows_is_one_clients(emulators, sizes, height):
+    """What the producer copies for each client of a tile: its rows in their places, and else the gaps' zeros."""
+    if emulators is None:
+        pytest.skip("for the emulator alone")
+    library, M, C, first_last = emulators[0].library, sum(sizes), len(sizes), (ctypes.c_int * 2)()
+    offsets = (ctypes.c_int * (C + 1))(*itertools.accumulate(sizes, initial=0))
+    library.spread_row.restype = ctypes.c_int64
+    place = lambda row, c: library.spread_row(ctypes.c_int64(row), ctypes.c_int64(c))  # noqa: E731
+    owner = [c for c, size in enumerate(sizes) for _ in range(size)]
+    lies = [None] * place(M, C - 1)
+    assert len(lies) == M + sm90.GAP * (C - 1)
+    for row in range(M):
+        assert lies[place(row, owner[row])] is None
+        lies[place(row, owner[row])] = row
+    for top in range(0, M, height):
+        stop = min(top + height, M)
+        library.clients_of(offsets, C, top, stop, first_last)
+        assert list(first_last) == [owner[top], owner[stop - 1]]
+        for c in range(first_last[0], first_last[1] + 1):
+            copied = lies[place(top, c) : place(stop, c)]
+            assert copied == [row if owner[row] == c else None for row in range(top, stop)]
+
+
 GOOD = {"kind": 1, "M": 8, "N": 8, "BN": 128, "cluster": 1, "P": 1, "out": 16}
 
 
@@ -282,6 +382,9 @@ GOOD = {"kind": 1, "M": 8, "N": 8, "BN": 128, "cluster": 1, "P": 1, "out": 16}
         ("gemm", sm90.Gemm(**GOOD | {"pairs": (sm90.Pair(8, 8, 8, 16, 8),)}), "rows of every matrix must begin on 16"),
         ("gemm", sm90.Gemm(**GOOD | {"N": 9, "pairs": (sm90.Pair(16, 8, 8, 16, 8),)}), "rows of every matrix must"),
         ("low", sm90.Low(M=-1), "sizes must not be negative"),
+        ("low", sm90.Low(M=1), "there must be one client or more"),
+        ("gemm", sm90.Gemm(**GOOD | {"segments": mma.Segments(16, C=2**30)}), "clients must be at least one, and"),
+        ("gemm", sm90.Gemm(**GOOD | {"segments": mma.Segments(16, C=2)}), "clients must have a float32 bias"),
         ("low", sm90.Gemm(), "the arguments have another size"),
         ("down", sm90.Low(), "kernel must be low or gemm"),
     ],
@@ -298,7 +401,15 @@ def problems(draw):
     N, K, R = draw(sizes), draw(sizes), draw(st.integers(1, 70))
     dtype, seed = draw(st.sampled_from(list(HALVES.values()))), draw(st.integers(0, 2**31))
     tile, order = draw(st.sampled_from(TILES)), draw(st.sampled_from(ORDERS) | st.integers(3, 2**31))
-    if draw(st.booleans()):
+    form = draw(st.sampled_from(["one", "clients", "shared"]))
+    if form == "clients":
+        cuts = draw(st.lists(st.integers(0, 150), min_size=1, max_size=5).filter(any))
+        ranks = draw(st.none() | st.lists(st.integers(1, R), min_size=len(cuts), max_size=len(cuts)))
+        bias = draw(st.sampled_from(["own", "one", None]))
+        tensors, dys = make_clients(cuts, ranks, N, K, R, dtype, bias, seed)
+        pair = clients(cuts, ranks, None), client_by_client(cuts, ranks)
+        return *pair, scalings_of(len(cuts)), tensors, dys, tile, order
+    if form == "shared":
         widths = draw(st.lists(sizes, min_size=1, max_size=4))
         tensors, dys = make_shared(draw(sizes), K, widths, [R] * len(widths), dtype, seed)
         return shared(None), one_by_one, scalings_of(len(widths)), tensors, dys, tile, order
@@ -345,6 +456,14 @@ def test_on_a_gpu_usual_layers_are_as_good_as_torch(launched, shape, dtype):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("R", [8, 16, 64, 128])
+@pytest.mark.parametrize("sizes", [[256] * 32, [4000, 1, 0, 95], [1] * 200], ids=["equal", "skewed", "single-rows"])
+def test_on_a_gpu_clients_are_as_good_as_torch(launched, sizes, R):
+    of_triton.test_on_a_gpu_clients_are_as_good_as_torch(sizes, R)
+    assert "sm90 gemm" in launched and "mma gemm" not in launched
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("R", [8, 16, 40])
 def test_on_a_gpu_shared_inputs_are_as_good_as_torch(R):
     of_triton.test_on_a_gpu_shared_inputs_are_as_good_as_torch(R)
@@ -367,6 +486,10 @@ def test_on_a_gpu_every_small_problem_is_as_good_as_torch(launched, forced):
         for shape in SHAPES:
             del launched[:]
             test_one_adapter_is_as_good_as_torch(launched, forced, shape, tile)
+        for cut in CUTS:
+            del launched[:]
+            test_clients_are_as_good_as_torch_one_by_one(launched, forced, cut, tile)
+    test_one_client_never_reaches_another(forced)
 
 
 @pytest.mark.gpu
