@@ -27,6 +27,7 @@ struct ClientRange {
         if (of.offsets) first = client_of(start, of), last = client_of(stop - 1, of);
     }
     __host__ __device__ bool several() const { return first != last; }
+    __host__ __device__ int count() const { return last - first + 1; }
 };
 
 // One client's rows within [start, stop), counted from start, and what is its own.

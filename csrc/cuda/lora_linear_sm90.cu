@@ -14,24 +14,22 @@ namespace {
 using namespace mma_kernels;
 using sm90_kernels::Gemm;  // of two
 
-constexpr int consumers = 2;       // warpgroups, each of which multiplies 64 rows
-constexpr int threads = 128 * (1 + consumers), rows_of_tile = side * consumers;
 constexpr int copies_of_out = 2;   // blocks of each consumer on their way out
 constexpr int slack = 1024 - 128;  // blocks begin on 1024 bytes, shared memory on 128
-static_assert(gap >= 2 * rows_of_tile);
 
-// One tile of the product: 128 rows, BN columns, `side` of the depth a step, STAGES steps under way.
-// ALONG_N: the weight lies along its columns, not along the depth.
-template <class Type, int BN_, int STAGES, bool ALONG_N>
+// One tile of the product: BM rows, 64 for each warpgroup that multiplies, and BN columns; `side` of the depth a step,
+// STAGES steps under way. ALONG_N: the weight lies along its columns, not along the depth.
+template <class Type, int BM_, int BN_, int STAGES, bool ALONG_N>
 struct Tile {
     using T = Type;
-    static constexpr int BN = BN_, stages = STAGES, columns = BN / side;
+    static constexpr int BM = BM_, BN = BN_, stages = STAGES, columns = BN / side;
+    static constexpr int consumers = BM / side, threads = 128 * (1 + consumers);
     static constexpr bool along_n = ALONG_N;
     static constexpr int stage_bytes = (consumers + columns) * block_bytes;
     static constexpr int out_bytes = consumers * copies_of_out * block_bytes;
     static constexpr int bias_bytes = 4 * consumers * BN;
     static constexpr int bytes = slack + stages * stage_bytes + out_bytes + bias_bytes + 16 * stages;
-    static_assert(bytes <= 227 * 1024);
+    static_assert(bytes <= 227 * 1024 && gap >= 2 * BM);
 };
 
 struct Source {
@@ -42,7 +40,8 @@ struct Source {
 struct Parameters {
     TensorMap out;
     Source sources[max_pairs];
-    int P, M, N;
+    void* result;  // out's own address
+    int P, M, N, splits;
     const void* bias;
     Index bias_kind;
     Segments segments;
@@ -57,14 +56,14 @@ struct Shared {
     __device__ unsigned char* rows(int stage, int consumer) const {
         return start + stage * P::stage_bytes + consumer * block_bytes;
     }
-    __device__ unsigned char* weight(int stage, int column) const { return rows(stage, consumers + column); }
+    __device__ unsigned char* weight(int stage, int column) const { return rows(stage, P::consumers + column); }
     __device__ unsigned char* out(int consumer, int copy) const {
         return rows(P::stages, consumer * copies_of_out + copy);
     }
     __device__ float* bias(int consumer) const {
-        return reinterpret_cast<float*>(out(consumers, 0)) + consumer * P::BN;
+        return reinterpret_cast<float*>(out(P::consumers, 0)) + consumer * P::BN;
     }
-    __device__ Barrier* full(int stage) const { return reinterpret_cast<Barrier*>(bias(consumers)) + stage; }
+    __device__ Barrier* full(int stage) const { return reinterpret_cast<Barrier*>(bias(P::consumers)) + stage; }
     __device__ Barrier* empty(int stage) const { return full(P::stages + stage); }
 };
 
@@ -78,53 +77,72 @@ struct Ring {
     }
 };
 
-// each(start, left, clients) for the tiles of this block: clusters take them in turn, and the blocks of a cluster lie
-// above each other. `clients` have rows in one of them.
+// This block in its cluster: the `row`-th of those `above` each other, which multiply the same weights, in the
+// `split`-th of `splits` parts of the depth.
+struct Part {
+    int above, row, split, splits;
+
+    __device__ explicit Part(const Parameters& p) : splits(p.splits) {
+        const int rank = cluster_rank();
+        above = static_cast<int>(cluster_size()) / splits, row = rank % above, split = rank / above;
+    }
+    __device__ int rank_of(int row, int split) const { return split * above + row; }
+};
+
+// each(start, left, clients) for the tiles of this block, which the clusters take in turn. `clients` have rows in its
+// tile or in those of the same weights.
 template <class P, class Each>
-__device__ void each_tile(const Parameters& p, Each each) {
-    const int size = cluster_size(), height = size * rows_of_tile, rank = cluster_rank();
+__device__ void each_tile(const Parameters& p, const Part& part, Each each) {
+    const int size = cluster_size(), height = part.above * P::BM;
     const int rows = blocks(p.M, height), columns = blocks(p.N, P::BN);
     for (int at = blockIdx.x / size; at < rows * columns; at += gridDim.x / size) {
         const Place place = place_of(at, rows, columns);
         const int top = place.row * height;
         const ClientRange clients(p.segments, top, min(top + height, p.M));
-        each(top + rank * rows_of_tile, place.column * P::BN, clients);
+        each(top + part.row * P::BM, place.column * P::BN, clients);
     }
 }
 
-// each(source, client, k) for the steps of a tile: from k on in the depth of a source, of one client where each has its
-// own weight.
+// each(source, client, k) for this part of a tile's steps: from k on in the depth of a source, of one client where each
+// has its own weight.
 template <class Each>
-__device__ void each_step(const Parameters& p, const ClientRange& clients, Each each) {
+__device__ void each_step(const Parameters& p, const Part& part, const ClientRange& clients, Each each) {
+    int steps = 0, step = 0;
+    for (int i = 0; i < p.P; ++i)
+        steps += blocks(p.sources[i].depth, side) * (p.sources[i].to_next ? clients.count() : 1);
+    const int begin = share_of(steps, part.split, part.splits), end = share_of(steps, part.split + 1, part.splits);
     for (int i = 0; i < p.P; ++i) {
         const Source& source = p.sources[i];
         const bool shared = source.to_next == 0;
         for (int c = shared ? 0 : clients.first; c <= (shared ? 0 : clients.last); ++c)
-            for (int k = 0; k < source.depth; k += side) each(source, c, k);
+            for (int k = 0; k < source.depth; k += side, ++step)
+                if (begin <= step && step < end) each(source, c, k);
     }
 }
 
-// One thread: fills the stages. A cluster's blocks multiply the same weights, so each loads its share of them for all.
+// A warpgroup, of which one thread fills the stages. Blocks with the same weights load each a share of them for all.
 template <class P>
 __device__ void produce(const Parameters& p, const Shared<P>& shared) {
-    const int size = cluster_size(), rank = cluster_rank();
-    const unsigned all = (1u << size) - 1;
+    const Part part(p);
+    const unsigned all = ((1u << part.above) - 1) << part.rank_of(0, part.split);
     Ring<P> ring;
-    each_tile<P>(p, [&](int start, int left, const ClientRange& clients) {
-        each_step(p, clients, [&](const Source& source, int client, int k) {
+    each_tile<P>(p, part, [&](int start, int left, const ClientRange& clients) {
+        const auto fill = [&](const Source& source, int client, int k) {
             Barrier* const full = shared.full(ring.stage);
             barrier_wait(shared.empty(ring.stage), ring.parity ^ 1);
             barrier_expect(full, P::stage_bytes);
-            for (int i = 0; i < consumers; ++i)
+            for (int i = 0; i < P::consumers; ++i)
                 load_block(shared.rows(ring.stage, i), source.rows, full, spread(start + i * side, client), k);
             const int weight = client * source.to_next;
-            for (int j = rank; j < P::columns; j += size) {
+            for (int j = part.row; j < P::columns; j += part.above) {
                 const int column = left + j * side;
                 load_block(shared.weight(ring.stage, j), source.weight, full, weight + (P::along_n ? k : column),
                            P::along_n ? column : k, all);
             }
             ring.next();
-        });
+        };
+        if (threadIdx.x == 0) each_step(p, part, clients, fill);
+        if (part.splits > 1) cluster_barrier(), cluster_barrier();  // as those who multiply do
     });
 }
 
@@ -147,26 +165,108 @@ __device__ inline const float* bias_of(const Parameters& p, int client) {
     return static_cast<const float*>(p.bias) + static_cast<Index>(client) * p.N;
 }
 
-// A warpgroup: multiplies its 64 rows of every tile and writes them.
+// A warpgroup's 64 rows, from `start` on, in blocks of 64 columns, by the copy engine, which leaves out what is beyond
+// the matrix. bias: entry i of column 128 i + thread, of the first client.
+template <class P>
+__device__ void store(const Parameters& p, const Shared<P>& shared, int consumer, int start, int left,
+                      const ClientRange& clients, const float (&sums)[P::BN / 2], const float (&bias)[batch]) {
+    using T = typename P::T;
+    const int thread = threadIdx.x % 128, lane = thread % 32;
+    const bool writes = thread == 0;
+    if (p.bias)
+        for (int i = 0; i < P::BN / 128; ++i) shared.bias(consumer)[i * 128 + thread] = bias[i];
+    const int row = thread / 32 * 16 + lane / 4;  // of two that this thread has, the other 8 below it
+    int owner[] = {clients.first, clients.first};
+    if (clients.several())
+        for (int half = 0; half < 2; ++half) owner[half] = client_of(start + row + half * 8, p.segments);
+#pragma unroll
+    for (int j = 0; j < P::columns; ++j) {
+        unsigned char* const out = shared.out(consumer, j % copies_of_out);
+        if (writes) store_wait<copies_of_out - 1>();
+        named_barrier(1 + consumer, 128);  // the bias is there, and the block is free
+#pragma unroll
+        for (int i = 0; i < side / 8; ++i) {
+            const int column = i * 8 + lane % 4 * 2, within = j * side + column, at = j * 32 + i * 4;
+            float2 of_first{};
+            if (p.bias) of_first = *reinterpret_cast<const float2*>(shared.bias(consumer) + within);
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                float2 add = of_first;
+                if (owner[half] != clients.first && left + within < p.N)
+                    add = *reinterpret_cast<const float2*>(bias_of(p, owner[half]) + left + within);
+                alignas(4) const T pair[] = {rounded<T>(sums[at + 2 * half] + add.x),
+                                             rounded<T>(sums[at + 2 * half + 1] + add.y)};
+                std::memcpy(out + swizzled(2 * ((row + half * 8) * side + column)), pair, 4);
+            }
+        }
+        fence_async();
+        named_barrier(1 + consumer, 128);
+        if (writes) {
+            if (start < p.M && left + j * side < p.N) store_block(p.out, out, start, left + j * side);
+            store_commit();
+        }
+    }
+}
+
+// A tile's rows, from `start` on, whose depth the blocks have in parts: each leaves its sums where its stages were,
+// and stores a share of what they sum to, in the order of the parts.
+template <class P>
+__device__ void store_parts(const Parameters& p, const Part& part, const Shared<P>& shared, int consumer, int start,
+                            int left, const ClientRange& clients, const float (&sums)[P::BN / 2]) {
+    using T = typename P::T;
+    constexpr int stride = P::BN + 8, vectors = P::BN / batch;  // 8 more meet no bank twice
+    static_assert(4 * P::BM * stride <= P::stages * P::stage_bytes);
+    const int thread = threadIdx.x % 128, lane = thread % 32;
+    float* const tile = reinterpret_cast<float*>(shared.rows(0, 0));
+    named_barrier(1 + P::consumers, 128 * P::consumers);  // nobody multiplies what is in the stages
+    float* const own = tile + (consumer * side + thread / 32 * 16 + lane / 4) * stride + lane % 4 * 2;
+#pragma unroll
+    for (int i = 0; i < P::BN / 2; i += 2)
+        *reinterpret_cast<float2*>(own + i / 2 % 2 * 8 * stride + i / 4 * 8) = {sums[i], sums[i + 1]};
+    fence_async();  // the copy engine is the next to write there
+    cluster_barrier();
+    const int end = share_of(P::BM * vectors, part.split + 1, part.splits);
+    int at = share_of(P::BM * vectors, part.split, part.splits) + consumer * 128 + thread;
+    for (; at < end; at += P::consumers * 128) {
+        const int row = at / vectors, column = at % vectors * batch;
+        float total[batch] = {}, add[batch] = {};
+        for (int split = 0; split < part.splits; ++split) {
+            const float* const of_split = in_block(part.rank_of(part.row, split), tile + row * stride + column);
+#pragma unroll
+            for (int e = 0; e < batch; ++e) total[e] += of_split[e];
+        }
+        if (start + row >= p.M || left + column >= p.N) continue;
+        if (p.bias) {
+            const Index client = clients.several() ? client_of(start + row, p.segments) : clients.first;
+            gather(add, p.bias, p.bias_kind, [&](int e) { return client * p.N + left + column + e; });
+        }
+        alignas(16) T entries[batch];
+#pragma unroll
+        for (int e = 0; e < batch; ++e) entries[e] = rounded<T>(total[e] + add[e]);
+        T* const to = static_cast<T*>(p.result) + static_cast<Index>(start + row) * p.N + left + column;
+        *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(entries);
+    }
+    cluster_barrier();  // all have read what this block left, and it may fill its stages
+}
+
+// A warpgroup: multiplies its 64 rows of every tile and stores them.
 template <class P>
 __device__ void consume(const Parameters& p, const Shared<P>& shared, int consumer) {
-    using T = typename P::T;
-    const int size = cluster_size(), thread = threadIdx.x % 128, lane = thread % 32;
-    const bool writes = thread == 0;
+    const Part part(p);
+    const int thread = threadIdx.x % 128, lane = thread % 32;
     const auto release = [&](int stage) {  // to all who fill it
-        if (lane < size) barrier_arrive(shared.empty(stage), lane);
+        if (lane < part.above) barrier_arrive(shared.empty(stage), part.rank_of(lane, part.split));
     };
     Ring<P> ring;
-    each_tile<P>(p, [&](int first_row, int left, const ClientRange& clients) {
-        const int start = first_row + consumer * side;
+    each_tile<P>(p, part, [&](int start, int left, const ClientRange& clients) {
         float bias[batch], sums[P::BN / 2] = {};
-        if (p.bias)  // of the first client, which is there when the product is
+        if (p.bias && part.splits == 1)  // of the first client, which is there when the product is
             gather(bias, p.bias, p.bias_kind, [&](int i) -> Index {
                 const int column = left + i * 128 + thread;
                 return i < P::BN / 128 && column < p.N ? static_cast<Index>(clients.first) * p.N + column : -1;
             });
         int before = -1;  // the stage that is being multiplied beside this step's
-        each_step(p, clients, [&](const Source& source, int, int k) {
+        each_step(p, part, clients, [&](const Source& source, int, int k) {
             barrier_wait(shared.full(ring.stage), ring.parity);
             const int depth = source.depth - k;  // what is beyond it in the stage is zeros, in the rows at least
             if (depth > 48)
@@ -183,65 +283,34 @@ __device__ void consume(const Parameters& p, const Shared<P>& shared, int consum
             ring.next();
         });
         multiply_wait<0>();
-        release(before);
-
-        // In blocks of 64 columns, by the copy engine, which leaves out what is beyond the matrix.
-        if (p.bias)
-            for (int i = 0; i < P::BN / 128; ++i) shared.bias(consumer)[i * 128 + thread] = bias[i];
-        const int row = thread / 32 * 16 + lane / 4;  // of two that this thread has, the other 8 below it
-        int owner[] = {clients.first, clients.first};
-        if (clients.several())
-            for (int half = 0; half < 2; ++half) owner[half] = client_of(start + row + half * 8, p.segments);
-#pragma unroll
-        for (int j = 0; j < P::columns; ++j) {
-            unsigned char* const out = shared.out(consumer, j % copies_of_out);
-            if (writes) store_wait<copies_of_out - 1>();
-            named_barrier(1 + consumer, 128);  // the bias is there, and the block is free
-#pragma unroll
-            for (int i = 0; i < side / 8; ++i) {
-                const int column = i * 8 + lane % 4 * 2, within = j * side + column, at = j * 32 + i * 4;
-                float2 of_first{};
-                if (p.bias) of_first = *reinterpret_cast<const float2*>(shared.bias(consumer) + within);
-#pragma unroll
-                for (int half = 0; half < 2; ++half) {
-                    float2 add = of_first;
-                    if (owner[half] != clients.first && left + within < p.N)
-                        add = *reinterpret_cast<const float2*>(bias_of(p, owner[half]) + left + within);
-                    alignas(4) const T pair[] = {rounded<T>(sums[at + 2 * half] + add.x),
-                                                 rounded<T>(sums[at + 2 * half + 1] + add.y)};
-                    std::memcpy(out + swizzled(2 * ((row + half * 8) * side + column)), pair, 4);
-                }
-            }
-            fence_async();
-            named_barrier(1 + consumer, 128);
-            if (writes) {
-                if (start < p.M && left + j * side < p.N) store_block(p.out, out, start, left + j * side);
-                store_commit();
-            }
-        }
+        if (before >= 0) release(before);
+        if (part.splits > 1)
+            store_parts<P>(p, part, shared, consumer, start, left, clients, sums);
+        else
+            store<P>(p, shared, consumer, start + consumer * side, left, clients, sums, bias);
     });
-    if (writes) store_wait<0>();
+    if (thread == 0) store_wait<0>();
 }
 
 // A kernel with dynamic shared memory carries its BYTES in its name, where benchmarks/compile_check.py reads them.
 template <class P, int BYTES>
-__global__ void __launch_bounds__(threads, 1) gemm_sm90_kernel(const __grid_constant__ Parameters p) {
+__global__ void __launch_bounds__(P::threads, 1) gemm_sm90_kernel(const __grid_constant__ Parameters p) {
 #if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
     const Shared<P> shared;
     if (threadIdx.x == 0) {
         for (int i = 0; i < P::stages; ++i) {
             barrier_init(shared.full(i), 1);
-            barrier_init(shared.empty(i), consumers * 4 * cluster_size());  // the warps that multiply
+            barrier_init(shared.empty(i), P::consumers * 4 * cluster_size() / p.splits);  // the warps that multiply it
         }
         barriers_ready();
     }
     cluster_barrier();
     const int warpgroup = __shfl_sync(~0u, static_cast<int>(threadIdx.x) / 128, 0);  // which all lanes know to be one
     if (warpgroup == 0) {
-        give_registers<40>();
-        if (threadIdx.x == 0) produce<P>(p, shared);
+        if constexpr (P::consumers > 1) give_registers<40>();  // one gets enough of them at launch
+        produce<P>(p, shared);
     } else {
-        take_registers<232>();
+        if constexpr (P::consumers > 1) take_registers<232>();
         consume<P>(p, shared, warpgroup - 1);
     }
     cluster_barrier();  // the others' copies and arrivals have come before this block ends
@@ -379,11 +448,12 @@ void gemm_in(const Gemm& g, cudaStream_t stream) {
         p.sources[i].to_next = pair.own ? static_cast<int>(height) : 0;
     }
     p.P = static_cast<int>(g.P), p.M = static_cast<int>(g.M), p.N = static_cast<int>(g.N);
+    p.result = g.out, p.splits = static_cast<int>(g.splits);
     p.bias = g.bias, p.bias_kind = g.bias_kind, p.segments = g.segments;
-    const Index tiles = blocks<Index>(g.M, g.cluster * rows_of_tile) * blocks<Index>(g.N, P::BN);
+    const Index tiles = blocks<Index>(g.M, g.cluster * P::BM) * blocks<Index>(g.N, P::BN);
     need(tiles <= 0x3fffffff, "there must be at most 2^30 tiles");
-    launch_clusters(gemm_sm90_kernel<P, P::bytes>, static_cast<unsigned>(tiles), static_cast<unsigned>(g.cluster),
-                    threads, P::bytes, stream, p);
+    launch_clusters(gemm_sm90_kernel<P, P::bytes>, static_cast<unsigned>(tiles),
+                    static_cast<unsigned>(g.cluster * g.splits), P::threads, P::bytes, stream, p);
 }
 
 void gemm(const Gemm& g, void* stream) {
@@ -396,7 +466,9 @@ void gemm(const Gemm& g, void* stream) {
         need(g.bias && g.bias_kind == float32, "clients must have a float32 bias");
     }
     need(g.cluster == 1 || g.cluster == 2, "clusters must be of 1 or 2 blocks");
-    need(g.BN == 256 || g.BN == 128, "tiles must be 128 x 256 or 128 x 128");
+    need(1 <= g.splits && g.cluster * g.splits <= 8, "splits must be 1 to 8, in clusters of at most 8 blocks");
+    const bool large = g.BM == 128 && g.BN == 256, narrow = g.BM == 128 && g.BN == 128;
+    need(large || narrow || (g.BM == 64 && g.BN == 128), "tiles must be 128 x 256, 128 x 128 or 64 x 128");
     const auto aligned = [](const void* data, Index stride) {
         return reinterpret_cast<std::uintptr_t>(data) % 16 == 0 && stride % 8 == 0;
     };
@@ -411,14 +483,18 @@ void gemm(const Gemm& g, void* stream) {
     with_type(g.kind, [&](auto type) {
         using T = typename decltype(type)::type;
         const auto cuda_stream = static_cast<cudaStream_t>(stream);
-        if (g.BN == 256 && g.along_n)
-            gemm_in<Tile<T, 256, 4, true>>(g, cuda_stream);
-        else if (g.BN == 256)
-            gemm_in<Tile<T, 256, 4, false>>(g, cuda_stream);
-        else if (g.along_n)
-            gemm_in<Tile<T, 128, 6, true>>(g, cuda_stream);
+        const auto in = [&](auto along_n) {
+            if (large)
+                gemm_in<Tile<T, 128, 256, 4, along_n()>>(g, cuda_stream);
+            else if (narrow)
+                gemm_in<Tile<T, 128, 128, 6, along_n()>>(g, cuda_stream);
+            else
+                gemm_in<Tile<T, 64, 128, 8, along_n()>>(g, cuda_stream);
+        };
+        if (g.along_n)
+            in(std::true_type());
         else
-            gemm_in<Tile<T, 128, 6, false>>(g, cuda_stream);
+            in(std::false_type());
     });
 }
 

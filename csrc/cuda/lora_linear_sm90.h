@@ -57,10 +57,11 @@ struct Pair {
 
 constexpr int max_pairs = 8;
 
-// out (M,N) = sum over P pairs of rows weight, + bias (of clients (C,N), float32), in tiles of 128 x BN (256 or 128),
-// `cluster` (1 or 2) of which share their weights. Pointers must be multiples of 16 bytes, strides and N of 8 entries.
+// out (M,N) = sum over P pairs of rows weight, + bias (of clients (C,N), float32), in tiles of BM x BN: 128 x 256,
+// 128 x 128 or 64 x 128. `cluster` (1 or 2) of them share their weights; `splits` (1 to 8) blocks share the depth of
+// each, and their sums are added in order. Pointers must be multiples of 16 bytes, strides and N of 8 entries.
 struct Gemm {
-    Index kind, M, N, BN, cluster, along_n, P;
+    Index kind, M, N, BM, BN, cluster, splits, along_n, P;
     void* out;
     const void* bias;
     Index bias_kind;
@@ -82,6 +83,14 @@ constexpr Place place_of(int at, int rows, int columns) {
     const int top = at / (band * columns) * band, within = at % (band * columns);
     const int height = rows - top < band ? rows - top : band;
     return {top + within % height, within / height};
+}
+
+// Where the share of block `split` begins, when `splits` of them share `steps`.
+#ifdef __CUDACC__
+__host__ __device__
+#endif
+constexpr int share_of(int steps, int split, int splits) {
+    return static_cast<int>(static_cast<Index>(steps) * split / splits);
 }
 
 // Launches "low" or "gemm", whose struct is at `arguments`, on the current device and a stream of it. Throws

@@ -74,6 +74,14 @@ inline __device__ void cluster_barrier() {
     asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
 
+// The same place in the shared memory of another block of the cluster, or of this one, to be read.
+template <class T>
+inline __device__ const T* in_block(unsigned rank, const T* place) {
+    const T* there;
+    asm("mapa.u64 %0, %1, %2;" : "=l"(there) : "l"(place), "r"(rank));
+    return there;
+}
+
 // `count` threads of this block meet at barrier `name`, 1 to 15; 0 is __syncthreads().
 inline __device__ void named_barrier(int name, int count) {
     asm volatile("bar.sync %0, %1;" ::"r"(name), "r"(count) : "memory");
@@ -245,7 +253,8 @@ TensorMap tensor_map(const void* data, std::int64_t rows, std::int64_t columns, 
 
 inline std::uint32_t shared_address(const void* pointer) { return emulator::shared_address(pointer); }
 
-using emulator::cluster_barrier, emulator::cluster_rank, emulator::cluster_size, emulator::named_barrier;
+using emulator::cluster_barrier, emulator::cluster_rank, emulator::cluster_size, emulator::in_block,
+    emulator::named_barrier;
 
 template <int registers>
 void give_registers() {}

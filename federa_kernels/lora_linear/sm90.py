@@ -19,6 +19,7 @@ from .mma import Segments, _at, _fields, _kind, _segments
 from .tiles import Tile, pick_sm90_tile
 
 MAX_PAIRS = 8
+STEP = 64  # of the depth
 MAX_RANK, MAX_SIZE = 128, 2**31 - 256
 GAP = 256  # rows of zeros between those of two clients
 ENTRIES = 8  # of 16 bytes, on which TMA's rows begin
@@ -51,7 +52,7 @@ class Pair(ctypes.Structure):
 
 class Gemm(ctypes.Structure):
     _fields_ = [
-        *_fields("kind M N BN cluster along_n P out* bias* bias_kind"),
+        *_fields("kind M N BM BN cluster splits along_n P out* bias* bias_kind"),
         ("segments", Segments),
         ("pairs", Pair * MAX_PAIRS),
     ]
@@ -118,7 +119,8 @@ def _product(out, low, rows, weights, downs, factors, bias, offsets, scalings, r
         pairs.append(Pair(_at(taken), R[p], taken.stride(0), _at(scaled), scaled.stride(0), clients))
         kept += [taken, scaled]
     bias = bias if add is None else add
-    sizes = (_kind(out), M, N, *pick_sm90_tile(M, N), along_n, len(pairs))
+    steps = sum(-(-pair.depth // STEP) for pair in pairs)
+    sizes = (_kind(out), M, N, *pick_sm90_tile(M, N, steps), along_n, len(pairs))
     _run("gemm", Gemm(*sizes, _at(out), _at(bias), _kind(bias), segments, (Pair * MAX_PAIRS)(*pairs)))
 
 

@@ -26,3 +26,7 @@ EXPORTED void clients_of(const int* offsets, int C, int start, int stop, int* fi
 EXPORTED std::int64_t spread_row(std::int64_t row, std::int64_t client) {
     return federa::sm90_kernels::spread(row, client);
 }
+
+EXPORTED int share_begin(int steps, int split, int splits) {
+    return federa::sm90_kernels::share_of(steps, split, splits);
+}

@@ -27,8 +27,11 @@ struct Buffer {
 
 constexpr std::uint16_t one = 0x3f80;  // of bfloat16
 
-void product(Index M, Index N, Index K, Index R, Index BN, Index cluster, bool along_n,
-             std::vector<std::int32_t> offsets = {}) {
+struct Tile {
+    Index BM, BN, cluster, splits;
+};
+
+void product(Index M, Index N, Index K, Index R, Tile tile, bool along_n, std::vector<std::int32_t> offsets = {}) {
     const bool clients = !offsets.empty();
     const Index C = clients ? static_cast<Index>(offsets.size()) - 1 : 1, spread = sm90_kernels::spread(M, C - 1);
     const Index padded = (R + 7) / 8 * 8, width = along_n ? N : padded;
@@ -42,7 +45,8 @@ void product(Index M, Index N, Index K, Index R, Index BN, Index cluster, bool a
     sm90_kernels::Low of{bfloat16, M, N, R, 2, down, R, low, padded, h, R, B, float32, N * R, 1, R, scaled, width,
                          along_n, 0.5, bias, float32, 0, clients ? static_cast<float*>(add) : nullptr, segments};
     sm90_kernels::run("low", &of, sizeof of, nullptr);
-    sm90_kernels::Gemm gemm{bfloat16, M, N, BN, cluster, along_n, 2, out, clients ? add : bias, float32, segments, {}};
+    sm90_kernels::Gemm gemm{bfloat16, M, N, tile.BM, tile.BN, tile.cluster, tile.splits, along_n, 2, out,
+                            clients ? add : bias, float32, segments, {}};
     gemm.pairs[0] = {x, K, K, W, along_n ? N : K, false};
     gemm.pairs[1] = {low, R, padded, scaled, width, clients};
     sm90_kernels::run("gemm", &gemm, sizeof gemm, nullptr);
@@ -51,11 +55,15 @@ void product(Index M, Index N, Index K, Index R, Index BN, Index cluster, bool a
 }  // namespace
 
 int main() {
-    product(70, 136, 104, 16, 128, 1, false);
-    product(130, 264, 392, 20, 256, 2, true);
-    product(300, 8, 72, 5, 256, 2, false);
-    product(1, 520, 8, 100, 128, 2, true);
-    product(300, 136, 72, 20, 128, 2, false, {0, 100, 100, 299, 300});
-    product(130, 264, 24, 5, 256, 1, true, {0, 129, 130});
+    product(70, 136, 104, 16, {128, 128, 1, 1}, false);
+    product(130, 264, 392, 20, {128, 256, 2, 1}, true);
+    product(300, 8, 72, 5, {128, 256, 2, 1}, false);
+    product(1, 520, 8, 100, {128, 128, 2, 1}, true);
+    product(200, 136, 200, 16, {64, 128, 2, 1}, false);
+    product(200, 136, 200, 16, {64, 128, 2, 3}, true);
+    product(130, 264, 72, 5, {128, 256, 1, 4}, false);
+    product(300, 136, 72, 20, {128, 128, 2, 1}, false, {0, 100, 100, 299, 300});
+    product(130, 264, 24, 5, {128, 256, 1, 1}, true, {0, 129, 130});
+    product(130, 264, 24, 5, {64, 128, 1, 8}, true, {0, 129, 130});
     std::puts("nothing beyond its end");
 }
