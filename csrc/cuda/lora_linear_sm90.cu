@@ -231,9 +231,12 @@ __device__ void store_parts(const Parameters& p, const Part& part, const Shared<
         const int row = at / vectors, column = at % vectors * batch;
         float total[batch] = {}, add[batch] = {};
         for (int split = 0; split < part.splits; ++split) {
-            const float* const of_split = in_block(part.rank_of(part.row, split), tile + row * stride + column);
+            alignas(16) float sum[batch];
+            const auto* const there = in_block(part.rank_of(part.row, split), tile + row * stride + column);
+            for (int e = 0; e < batch; e += 4)
+                *reinterpret_cast<float4*>(sum + e) = *reinterpret_cast<const float4*>(there + e);
 #pragma unroll
-            for (int e = 0; e < batch; ++e) total[e] += of_split[e];
+            for (int e = 0; e < batch; ++e) total[e] += sum[e];
         }
         if (start + row >= p.M || left + column >= p.N) continue;
         if (p.bias) {
@@ -423,9 +426,16 @@ void with_type(Index kind, Call call) {
         call(Type<__half>());
 }
 
+// `rows` of each client's factor
+void need_clients(const Segments& of, Index M, Index rows) {
+    need(of.C >= 1, "there must be one client or more");
+    if (of.offsets)
+        need(spread(M, of.C) <= 0x7fffff00 && of.C * rows <= 0x7fffff00, "rows of clients must be fewer than 2^31");
+}
+
 void low(const Low& g, void* stream) {
     need(g.M >= 0 && g.N >= 0 && g.R >= 0 && g.S >= 0, "sizes must not be negative");
-    need(g.segments.C >= 1, "there must be one client or more");
+    need_clients(g.segments, g.M, g.N > g.R ? g.N : g.R);
     const Index parts = blocks<Index>((g.M + g.segments.C * g.N) * g.R, low_threads);
     if (parts == 0) return;
     with_type(g.kind, [&](auto type) {
@@ -460,11 +470,8 @@ void gemm(const Gemm& g, void* stream) {
     if (g.M == 0 || g.N == 0) return;
     for (Index size : {g.M, g.N}) need(0 < size && size <= 0x7fffff00, "sizes must be 0 to 2^31 - 256");
     need(1 <= g.P && g.P <= max_pairs, "one product takes 1 to 8 pairs");
-    if (g.segments.offsets) {
-        need(g.segments.C >= 1 && spread(g.M, g.segments.C) <= 0x7fffff00 && g.segments.C * g.N <= 0x7fffff00,
-             "clients must be at least one, and their rows and factors less than 2^31");
-        need(g.bias && g.bias_kind == float32, "clients must have a float32 bias");
-    }
+    need_clients(g.segments, g.M, g.N);
+    need(!g.segments.offsets || (g.bias && g.bias_kind == float32), "clients must have a float32 bias");
     need(g.cluster == 1 || g.cluster == 2, "clusters must be of 1 or 2 blocks");
     need(1 <= g.splits && g.cluster * g.splits <= 8, "splits must be 1 to 8, in clusters of at most 8 blocks");
     const bool large = g.BM == 128 && g.BN == 256, narrow = g.BM == 128 && g.BN == 128;
@@ -476,7 +483,7 @@ void gemm(const Gemm& g, void* stream) {
     for (int i = 0; i < g.P; ++i) {
         const Pair& pair = g.pairs[i];
         need(0 < pair.depth && pair.depth <= 0x7fffff00, "depths must be 1 to 2^31 - 256");
-        need(!pair.own || !g.along_n || g.segments.C * pair.depth <= 0x7fffff00, "factors must have fewer rows");
+        if (pair.own) need_clients(g.segments, g.M, pair.depth);
         sound = sound && aligned(pair.rows, pair.stride_rows) && aligned(pair.weight, pair.stride_weight);
     }
     need(sound, "rows of every matrix must begin on 16 bytes");

@@ -275,7 +275,7 @@ inline void load_block(void* to, const TensorMap& map, Barrier* barrier, int row
 inline void load_block(void* to, const TensorMap& map, Barrier* barrier, int row, int column) {
     emulator::copy_in(to, map, barrier, column, row, 1u << cluster_rank());
 }
-inline void fence_async() { emulator::current->async.proxied = true; }
+inline void fence_async() { emulator::fence_async(); }
 inline void store_block(const TensorMap& map, const void* from, int row, int column) {
     emulator::copy_out(map, from, column, row);
 }

@@ -392,7 +392,8 @@ def test_every_block_of_spread_rows_is_one_clients(emulators, sizes, height):
             assert copied == [row if owner[row] == c else None for row in range(top, stop)]
 
 
-GOOD = {"kind": 1, "M": 8, "N": 8, "BM": 128, "BN": 128, "cluster": 1, "splits": 1, "P": 1, "out": 16}
+ONE = mma.Segments(C=1)
+GOOD = {"kind": 1, "M": 8, "N": 8, "BM": 128, "BN": 128, "cluster": 1, "splits": 1, "P": 1, "out": 16, "segments": ONE}
 
 
 @pytest.mark.parametrize(
@@ -410,7 +411,7 @@ GOOD = {"kind": 1, "M": 8, "N": 8, "BM": 128, "BN": 128, "cluster": 1, "splits":
         ("gemm", sm90.Gemm(**GOOD | {"N": 9, "pairs": (sm90.Pair(16, 8, 8, 16, 8),)}), "rows of every matrix must"),
         ("low", sm90.Low(M=-1), "sizes must not be negative"),
         ("low", sm90.Low(M=1), "there must be one client or more"),
-        ("gemm", sm90.Gemm(**GOOD | {"segments": mma.Segments(16, C=2**30)}), "clients must be at least one, and"),
+        ("gemm", sm90.Gemm(**GOOD | {"segments": mma.Segments(16, C=2**30)}), "rows of clients must be fewer than 2"),
         ("gemm", sm90.Gemm(**GOOD | {"segments": mma.Segments(16, C=2)}), "clients must have a float32 bias"),
         ("low", sm90.Gemm(), "the arguments have another size"),
         ("down", sm90.Low(), "kernel must be low or gemm"),
