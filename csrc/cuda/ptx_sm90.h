@@ -253,8 +253,13 @@ TensorMap tensor_map(const void* data, std::int64_t rows, std::int64_t columns, 
 
 inline std::uint32_t shared_address(const void* pointer) { return emulator::shared_address(pointer); }
 
-using emulator::cluster_barrier, emulator::cluster_rank, emulator::cluster_size, emulator::in_block,
-    emulator::named_barrier;
+using emulator::cluster_barrier, emulator::cluster_rank, emulator::cluster_size, emulator::named_barrier;
+
+template <class T>
+const T* in_block(unsigned rank, const T* place) {
+    if (rank != cluster_rank()) emulator::wait_long_together();
+    return emulator::in_block(rank, place);
+}
 
 template <int registers>
 void give_registers() {}

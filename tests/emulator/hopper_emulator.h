@@ -34,7 +34,7 @@ T* in_block(unsigned rank, T* place) {
     for (const auto& thread : threads)
         if (thread->block == &cluster[rank] && thread->state != State::done)
             return reinterpret_cast<T*>(cluster[rank].shared +
-                                        (reinterpret_cast<unsigned char*>(place) - current->block->shared));
+                                        (reinterpret_cast<const unsigned char*>(place) - current->block->shared));
     fail("cluster: the block has ended");
 }
 
@@ -48,6 +48,20 @@ inline void wait_long() {
     auto passed = std::make_shared<bool>(false);
     under_way.push_back([passed] { *passed = true; });
     wait_until([passed] { return *passed; });
+}
+
+// The same for many, who go on together.
+inline std::shared_ptr<bool> together_passed;
+
+inline void wait_long_together() {
+    if (!together_passed) {
+        together_passed = std::make_shared<bool>(false);
+        under_way.push_back([] {
+            *together_passed = true;
+            together_passed.reset();
+        });
+    }
+    wait_until([passed = together_passed] { return *passed; });
 }
 
 // A barrier that counts threads: the cluster's, or a block's named ones.
@@ -343,6 +357,7 @@ inline const bool hopper = [] {
         barriers.clear();
         gatherings.clear();
         arrivals.clear();
+        together_passed.reset();
     };
     return true;
 }();
