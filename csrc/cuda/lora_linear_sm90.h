@@ -16,8 +16,9 @@ using mma_kernels::Index, mma_kernels::Segments;
 // low (M,R) = the sum of `down` (S,M,R), rounded, and the same to `copy`; scaled = scale factor (R,N), rounded, in
 // memory (R,N) if along_n, else (N,R). What a product takes as a further pair of its depth.
 //
-// Of clients: low (M + gap (C-1), R), where `gap` rows of zeros lie between the rows of each two, so that any block of
-// rows has one client's and zeros; scaled, one after another; add (C,N), what their rows get beside the product.
+// Of clients: low (M + gap (C-1), R), with `gap` rows of zeros between one's rows and the next one's, so that a block of
+// rows, read where one client's lie, has no other's; scaled, one's after another's, with 0 for what is not finite; add
+// (C,N), the bias and NaN in place of what is not finite, as 0 * NaN in others' rows would be NaN.
 struct Low {
     Index kind, M, N, R, S;
     const float* down;
@@ -37,9 +38,9 @@ struct Low {
     Segments segments;
 };
 
-constexpr int gap = 256;  // as many rows as blocks multiply by the same weights
+constexpr int gap = 256;  // the most rows that are multiplied by the same weights: two tiles' of 128
 
-// Where a client's row lies in `low`; and a block of rows, wherever it begins, is the client's if any in it is.
+// Where a client's row lies in `low`.
 #ifdef __CUDACC__
 __host__ __device__
 #endif
