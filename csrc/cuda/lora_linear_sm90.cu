@@ -33,19 +33,25 @@ struct Tile {
 };
 
 struct Source {
-    TensorMap rows, weight;
     int depth, to_next;  // rows of the weight from a client's to the next one's; 0: all have the same
 };
 
-struct Parameters {
-    TensorMap out;
-    Source sources[max_pairs];
-    void* result;  // out's own address
-    int P, M, N, splits;
+struct Out {
+    void* data;
     const void* bias;
     Index bias_kind;
+    int N, first, last;  // the first of its sources, and the one after its last
+};
+
+struct Parameters {
+    TensorMap rows[max_pairs], weights[max_pairs], results[max_products];
+    Source sources[max_pairs];
+    Out outs[max_products];
+    int columns[max_products];  // of tiles
+    int M, all_columns, splits;
     Segments segments;
 };
+static_assert(sizeof(Parameters) <= 4096);
 
 // The block's shared memory: stages, each the blocks of rows, then those of the weight; blocks of out; bias; barriers.
 template <class P>
@@ -89,34 +95,36 @@ struct Part {
     __device__ int rank_of(int row, int split) const { return split * above + row; }
 };
 
-// each(start, left, clients) for the tiles of this block, which the clusters take in turn. `clients` have rows in its
-// tile or in those of the same weights.
+// each(product, start, left, clients) for the tiles of this block, which the clusters take in turn. `clients` have rows
+// in its tile or in those of the same weights.
 template <class P, class Each>
 __device__ void each_tile(const Parameters& p, const Part& part, Each each) {
     const int size = cluster_size(), height = part.above * P::BM;
-    const int rows = blocks(p.M, height), columns = blocks(p.N, P::BN);
-    for (int at = blockIdx.x / size; at < rows * columns; at += gridDim.x / size) {
-        const Place place = place_of(at, rows, columns);
+    const int rows = blocks(p.M, height);
+    for (int at = blockIdx.x / size; at < rows * p.all_columns; at += gridDim.x / size) {
+        const Place place = place_of(at, rows, p.all_columns);
+        const Column column = column_of(place.column, p.columns);
         const int top = place.row * height;
         const ClientRange clients(p.segments, top, min(top + height, p.M));
-        each(top + part.row * P::BM, place.column * P::BN, clients);
+        each(column.product, top + part.row * P::BM, column.column * P::BN, clients);
     }
 }
 
-// each(source, client, k) for this part of a tile's steps: from k on in the depth of a source, of one client where each
-// has its own weight.
+// each(i, client, k) for this part of a tile's steps: from k on in the depth of source i, of one client where each has
+// its own weight.
 template <class Each>
-__device__ void each_step(const Parameters& p, const Part& part, const ClientRange& clients, Each each) {
+__device__ void each_step(const Parameters& p, const Out& out, const Part& part, const ClientRange& clients,
+                          Each each) {
     int steps = 0, step = 0;
-    for (int i = 0; i < p.P; ++i)
+    for (int i = out.first; i < out.last; ++i)
         steps += blocks(p.sources[i].depth, side) * (p.sources[i].to_next ? clients.count() : 1);
     const int begin = share_of(steps, part.split, part.splits), end = share_of(steps, part.split + 1, part.splits);
-    for (int i = 0; i < p.P; ++i) {
+    for (int i = out.first; i < out.last; ++i) {
         const Source& source = p.sources[i];
         const bool shared = source.to_next == 0;
         for (int c = shared ? 0 : clients.first; c <= (shared ? 0 : clients.last); ++c)
             for (int k = 0; k < source.depth; k += side, ++step)
-                if (begin <= step && step < end) each(source, c, k);
+                if (begin <= step && step < end) each(i, c, k);
     }
 }
 
@@ -126,22 +134,22 @@ __device__ void produce(const Parameters& p, const Shared<P>& shared) {
     const Part part(p);
     const unsigned all = ((1u << part.above) - 1) << part.rank_of(0, part.split);
     Ring<P> ring;
-    each_tile<P>(p, part, [&](int start, int left, const ClientRange& clients) {
-        const auto fill = [&](const Source& source, int client, int k) {
+    each_tile<P>(p, part, [&](int product, int start, int left, const ClientRange& clients) {
+        const auto fill = [&](int source, int client, int k) {
             Barrier* const full = shared.full(ring.stage);
             barrier_wait(shared.empty(ring.stage), ring.parity ^ 1);
             barrier_expect(full, P::stage_bytes);
             for (int i = 0; i < P::consumers; ++i)
-                load_block(shared.rows(ring.stage, i), source.rows, full, spread(start + i * side, client), k);
-            const int weight = client * source.to_next;
+                load_block(shared.rows(ring.stage, i), p.rows[source], full, spread(start + i * side, client), k);
+            const int weight = client * p.sources[source].to_next;
             for (int j = part.row; j < P::columns; j += part.above) {
                 const int column = left + j * side;
-                load_block(shared.weight(ring.stage, j), source.weight, full, weight + (P::along_n ? k : column),
+                load_block(shared.weight(ring.stage, j), p.weights[source], full, weight + (P::along_n ? k : column),
                            P::along_n ? column : k, all);
             }
             ring.next();
         };
-        if (threadIdx.x == 0) each_step(p, part, clients, fill);
+        if (threadIdx.x == 0) each_step(p, p.outs[product], part, clients, fill);
         if (part.splits > 1) cluster_barrier(), cluster_barrier();  // as those who multiply do
     });
 }
@@ -161,19 +169,20 @@ __device__ void multiply_step(float (&sums)[P::BN / 2], const Shared<P>& shared,
 }
 
 // Of clients, who have float32.
-__device__ inline const float* bias_of(const Parameters& p, int client) {
-    return static_cast<const float*>(p.bias) + static_cast<Index>(client) * p.N;
+__device__ inline const float* bias_of(const Out& out, int client) {
+    return static_cast<const float*>(out.bias) + static_cast<Index>(client) * out.N;
 }
 
 // A warpgroup's 64 rows, from `start` on, in blocks of 64 columns, by the copy engine, which leaves out what is beyond
 // the matrix. bias: entry i of column 128 i + thread, of the first client.
 template <class P>
-__device__ void store(const Parameters& p, const Shared<P>& shared, int consumer, int start, int left,
+__device__ void store(const Parameters& p, int product, const Shared<P>& shared, int consumer, int start, int left,
                       const ClientRange& clients, const float (&sums)[P::BN / 2], const float (&bias)[batch]) {
     using T = typename P::T;
+    const Out& to = p.outs[product];
     const int thread = threadIdx.x % 128, lane = thread % 32;
     const bool writes = thread == 0;
-    if (p.bias)
+    if (to.bias)
         for (int i = 0; i < P::BN / 128; ++i) shared.bias(consumer)[i * 128 + thread] = bias[i];
     const int row = thread / 32 * 16 + lane / 4;  // of two that this thread has, the other 8 below it
     int owner[] = {clients.first, clients.first};
@@ -188,12 +197,12 @@ __device__ void store(const Parameters& p, const Shared<P>& shared, int consumer
         for (int i = 0; i < side / 8; ++i) {
             const int column = i * 8 + lane % 4 * 2, within = j * side + column, at = j * 32 + i * 4;
             float2 of_first{};
-            if (p.bias) of_first = *reinterpret_cast<const float2*>(shared.bias(consumer) + within);
+            if (to.bias) of_first = *reinterpret_cast<const float2*>(shared.bias(consumer) + within);
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
                 float2 add = of_first;
-                if (owner[half] != clients.first && left + within < p.N)
-                    add = *reinterpret_cast<const float2*>(bias_of(p, owner[half]) + left + within);
+                if (owner[half] != clients.first && left + within < to.N)
+                    add = *reinterpret_cast<const float2*>(bias_of(to, owner[half]) + left + within);
                 alignas(4) const T pair[] = {rounded<T>(sums[at + 2 * half] + add.x),
                                              rounded<T>(sums[at + 2 * half + 1] + add.y)};
                 std::memcpy(out + swizzled(2 * ((row + half * 8) * side + column)), pair, 4);
@@ -202,7 +211,7 @@ __device__ void store(const Parameters& p, const Shared<P>& shared, int consumer
         fence_async();
         named_barrier(1 + consumer, 128);
         if (writes) {
-            if (start < p.M && left + j * side < p.N) store_block(p.out, out, start, left + j * side);
+            if (start < p.M && left + j * side < to.N) store_block(p.results[product], out, start, left + j * side);
             store_commit();
         }
     }
@@ -211,8 +220,8 @@ __device__ void store(const Parameters& p, const Shared<P>& shared, int consumer
 // A tile's rows, from `start` on, whose depth the blocks have in parts: each leaves its sums where its stages were,
 // and stores a share of what they sum to, in the order of the parts.
 template <class P>
-__device__ void store_parts(const Parameters& p, const Part& part, const Shared<P>& shared, int consumer, int start,
-                            int left, const ClientRange& clients, const float (&sums)[P::BN / 2]) {
+__device__ void store_parts(const Parameters& p, const Out& to, const Part& part, const Shared<P>& shared, int consumer,
+                            int start, int left, const ClientRange& clients, const float (&sums)[P::BN / 2]) {
     using T = typename P::T;
     constexpr int stride = P::BN + 8, vectors = P::BN / batch;  // 8 more meet no bank twice
     static_assert(4 * P::BM * stride <= P::stages * P::stage_bytes);
@@ -238,16 +247,16 @@ __device__ void store_parts(const Parameters& p, const Part& part, const Shared<
 #pragma unroll
             for (int e = 0; e < batch; ++e) total[e] += sum[e];
         }
-        if (start + row >= p.M || left + column >= p.N) continue;
-        if (p.bias) {
+        if (start + row >= p.M || left + column >= to.N) continue;
+        if (to.bias) {
             const Index client = clients.several() ? client_of(start + row, p.segments) : clients.first;
-            gather(add, p.bias, p.bias_kind, [&](int e) { return client * p.N + left + column + e; });
+            gather(add, to.bias, to.bias_kind, [&](int e) { return client * to.N + left + column + e; });
         }
         alignas(16) T entries[batch];
 #pragma unroll
         for (int e = 0; e < batch; ++e) entries[e] = rounded<T>(total[e] + add[e]);
-        T* const to = static_cast<T*>(p.result) + static_cast<Index>(start + row) * p.N + left + column;
-        *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(entries);
+        T* const place = static_cast<T*>(to.data) + static_cast<Index>(start + row) * to.N + left + column;
+        *reinterpret_cast<uint4*>(place) = *reinterpret_cast<const uint4*>(entries);
     }
     cluster_barrier();  // all have read what this block left, and it may fill its stages
 }
@@ -261,17 +270,18 @@ __device__ void consume(const Parameters& p, const Shared<P>& shared, int consum
         if (lane < part.above) barrier_arrive(shared.empty(stage), part.rank_of(lane, part.split));
     };
     Ring<P> ring;
-    each_tile<P>(p, part, [&](int start, int left, const ClientRange& clients) {
+    each_tile<P>(p, part, [&](int product, int start, int left, const ClientRange& clients) {
+        const Out& out = p.outs[product];
         float bias[batch], sums[P::BN / 2] = {};
-        if (p.bias && part.splits == 1)  // of the first client, which is there when the product is
-            gather(bias, p.bias, p.bias_kind, [&](int i) -> Index {
+        if (out.bias && part.splits == 1)  // of the first client, which is there when the product is
+            gather(bias, out.bias, out.bias_kind, [&](int i) -> Index {
                 const int column = left + i * 128 + thread;
-                return i < P::BN / 128 && column < p.N ? static_cast<Index>(clients.first) * p.N + column : -1;
+                return i < P::BN / 128 && column < out.N ? static_cast<Index>(clients.first) * out.N + column : -1;
             });
         int before = -1;  // the stage that is being multiplied beside this step's
-        each_step(p, part, clients, [&](const Source& source, int, int k) {
+        each_step(p, out, part, clients, [&](int source, int, int k) {
             barrier_wait(shared.full(ring.stage), ring.parity);
-            const int depth = source.depth - k;  // what is beyond it in the stage is zeros, in the rows at least
+            const int depth = p.sources[source].depth - k;  // what is beyond it is zeros, in the rows at least
             if (depth > 48)
                 multiply_step<P, 4>(sums, shared, ring.stage, consumer);
             else if (depth > 32)
@@ -288,9 +298,9 @@ __device__ void consume(const Parameters& p, const Shared<P>& shared, int consum
         multiply_wait<0>();
         if (before >= 0) release(before);
         if (part.splits > 1)
-            store_parts<P>(p, part, shared, consumer, start, left, clients, sums);
+            store_parts<P>(p, out, part, shared, consumer, start, left, clients, sums);
         else
-            store<P>(p, shared, consumer, start + consumer * side, left, clients, sums, bias);
+            store<P>(p, product, shared, consumer, start + consumer * side, left, clients, sums, bias);
     });
     if (thread == 0) store_wait<0>();
 }
@@ -376,7 +386,8 @@ __device__ void write_add(const Low& g, Index at) {
 constexpr int low_threads = 256;
 
 template <class T>
-__global__ void __launch_bounds__(low_threads) low_kernel(const __grid_constant__ Low g) {
+__global__ void __launch_bounds__(low_threads) low_kernel(const __grid_constant__ Lows of) {
+    const Low& g = of.lows[blockIdx.y];
     const Index C = g.segments.C, rows = g.M * g.R, gaps = (C - 1) * gap * g.R, factors = C * g.N * g.R;
     const Index all = rows + gaps + factors + (g.add ? C * g.N : 0), step = static_cast<Index>(gridDim.x) * low_threads;
     for (Index i = static_cast<Index>(blockIdx.x) * low_threads + threadIdx.x; i < all; i += step) {
@@ -433,14 +444,21 @@ void need_clients(const Segments& of, Index M, Index rows) {
         need(spread(M, of.C) <= 0x7fffff00 && of.C * rows <= 0x7fffff00, "rows of clients must be fewer than 2^31");
 }
 
-void low(const Low& g, void* stream) {
-    need(g.M >= 0 && g.N >= 0 && g.R >= 0 && g.S >= 0, "sizes must not be negative");
-    need_clients(g.segments, g.M, g.N > g.R ? g.N : g.R);
-    const Index parts = blocks<Index>((g.M + g.segments.C * g.N) * g.R, low_threads);
-    if (parts == 0) return;
-    with_type(g.kind, [&](auto type) {
-        launch(low_kernel<typename decltype(type)::type>, dim3(static_cast<unsigned>(parts < 65536 ? parts : 65536)),
-               low_threads, 0, static_cast<cudaStream_t>(stream), g);
+void low(const Lows& of, void* stream) {
+    need(1 <= of.count && of.count <= max_products, "one launch takes 1 to 4");
+    Index most_parts = 0;
+    for (int i = 0; i < of.count; ++i) {
+        const Low& g = of.lows[i];
+        need(g.M >= 0 && g.N >= 0 && g.R >= 0 && g.S >= 0, "sizes must not be negative");
+        need(g.kind == of.lows[0].kind, "rows must be of one kind");
+        need_clients(g.segments, g.M, g.N > g.R ? g.N : g.R);
+        const Index parts = blocks<Index>((g.M + g.segments.C * g.N) * g.R, low_threads);
+        if (parts > most_parts) most_parts = parts;
+    }
+    if (most_parts == 0) return;
+    const dim3 grid(static_cast<unsigned>(most_parts < 65536 ? most_parts : 65536), static_cast<unsigned>(of.count));
+    with_type(of.lows[0].kind, [&](auto type) {
+        launch(low_kernel<typename decltype(type)::type>, grid, low_threads, 0, static_cast<cudaStream_t>(stream), of);
     });
 }
 
@@ -448,41 +466,54 @@ template <class P>
 void gemm_in(const Gemm& g, cudaStream_t stream) {
     using T = typename P::T;
     Parameters p{};
-    p.out = tensor_map<T>(g.out, g.M, g.N, g.N);
-    for (int i = 0; i < g.P; ++i) {
-        const Pair& pair = g.pairs[i];
-        const Index C = pair.own ? g.segments.C : 1, height = P::along_n ? pair.depth : g.N;
-        p.sources[i].rows = tensor_map<T>(pair.rows, spread(g.M, C - 1), pair.depth, pair.stride_rows);
-        p.sources[i].weight = tensor_map<T>(pair.weight, C * height, P::along_n ? g.N : pair.depth, pair.stride_weight);
-        p.sources[i].depth = static_cast<int>(pair.depth);
-        p.sources[i].to_next = pair.own ? static_cast<int>(height) : 0;
+    for (int o = 0, i = 0; o < g.count; ++o) {
+        const Product& product = g.products[o];
+        Out& out = p.outs[o];
+        p.results[o] = tensor_map<T>(product.out, g.M, product.N, product.N);
+        out.data = product.out, out.bias = product.bias, out.bias_kind = product.bias_kind;
+        out.N = static_cast<int>(product.N), out.first = i, out.last = i + static_cast<int>(product.P);
+        for (; i < out.last; ++i) {
+            const Pair& pair = g.pairs[i];
+            const Index C = pair.own ? g.segments.C : 1, height = P::along_n ? pair.depth : product.N;
+            const Index width = P::along_n ? product.N : pair.depth;
+            p.rows[i] = tensor_map<T>(pair.rows, spread(g.M, C - 1), pair.depth, pair.stride_rows);
+            p.weights[i] = tensor_map<T>(pair.weight, C * height, width, pair.stride_weight);
+            p.sources[i] = {static_cast<int>(pair.depth), pair.own ? static_cast<int>(height) : 0};
+        }
+        p.columns[o] = blocks(out.N, P::BN), p.all_columns += p.columns[o];
     }
-    p.P = static_cast<int>(g.P), p.M = static_cast<int>(g.M), p.N = static_cast<int>(g.N);
-    p.result = g.out, p.splits = static_cast<int>(g.splits);
-    p.bias = g.bias, p.bias_kind = g.bias_kind, p.segments = g.segments;
-    const Index tiles = blocks<Index>(g.M, g.cluster * P::BM) * blocks<Index>(g.N, P::BN);
+    p.M = static_cast<int>(g.M), p.splits = static_cast<int>(g.splits), p.segments = g.segments;
+    const Index tiles = blocks<Index>(g.M, g.cluster * P::BM) * p.all_columns;
     need(tiles <= 0x3fffffff, "there must be at most 2^30 tiles");
     launch_clusters(gemm_sm90_kernel<P, P::bytes>, static_cast<unsigned>(tiles),
                     static_cast<unsigned>(g.cluster * g.splits), P::threads, P::bytes, stream, p);
 }
 
 void gemm(const Gemm& g, void* stream) {
-    if (g.M == 0 || g.N == 0) return;
-    for (Index size : {g.M, g.N}) need(0 < size && size <= 0x7fffff00, "sizes must be 0 to 2^31 - 256");
-    need(1 <= g.P && g.P <= max_pairs, "one product takes 1 to 8 pairs");
-    need_clients(g.segments, g.M, g.N);
-    need(!g.segments.offsets || (g.bias && g.bias_kind == float32), "clients must have a float32 bias");
-    need(g.cluster == 1 || g.cluster == 2, "clusters must be of 1 or 2 blocks");
-    need(1 <= g.splits && g.cluster * g.splits <= 8, "splits must be 1 to 8, in clusters of at most 8 blocks");
-    const bool large = g.BM == 128 && g.BN == 256, narrow = g.BM == 128 && g.BN == 128;
-    need(large || narrow || (g.BM == 64 && g.BN == 128), "tiles must be 128 x 256, 128 x 128 or 64 x 128");
+    const auto is_size = [](Index size) { return 0 < size && size <= 0x7fffff00; };
     const auto aligned = [](const void* data, Index stride) {
         return reinterpret_cast<std::uintptr_t>(data) % 16 == 0 && stride % 8 == 0;
     };
-    bool sound = aligned(g.out, g.N);
-    for (int i = 0; i < g.P; ++i) {
+    need(is_size(g.M), "M must be 1 to 2^31 - 256");
+    need(1 <= g.count && g.count <= max_products, "one launch takes 1 to 4 products");
+    need(g.cluster == 1 || g.cluster == 2, "clusters must be of 1 or 2 tiles");
+    need(1 <= g.splits && g.cluster * g.splits <= 8, "splits must be 1 to 8, in clusters of at most 8 blocks");
+    const bool large = g.BM == 128 && g.BN == 256, narrow = g.BM == 128 && g.BN == 128;
+    need(large || narrow || (g.BM == 64 && g.BN == 128), "tiles must be 128 x 256, 128 x 128 or 64 x 128");
+    bool sound = true;
+    Index pairs = 0;
+    for (int o = 0; o < g.count; ++o) {
+        const Product& product = g.products[o];
+        need(is_size(product.N), "N must be 1 to 2^31 - 256");
+        need_clients(g.segments, g.M, product.N);
+        need(!g.segments.offsets || (product.bias && product.bias_kind == float32), "clients must have a float32 bias");
+        need(1 <= product.P && product.P <= max_pairs - pairs, "products take 1 to 8 pairs");
+        sound = sound && aligned(product.out, product.N);
+        pairs += product.P;
+    }
+    for (int i = 0; i < pairs; ++i) {
         const Pair& pair = g.pairs[i];
-        need(0 < pair.depth && pair.depth <= 0x7fffff00, "depths must be 1 to 2^31 - 256");
+        need(is_size(pair.depth), "depths must be 1 to 2^31 - 256");
         if (pair.own) need_clients(g.segments, g.M, pair.depth);
         sound = sound && aligned(pair.rows, pair.stride_rows) && aligned(pair.weight, pair.stride_weight);
     }
@@ -512,7 +543,7 @@ void run(const char* kernel, const void* arguments, std::size_t bytes, void* str
     need(name == "low" || name == "gemm", "kernel must be low or gemm");
     need_hopper();
     if (name == "low")
-        low(of<Low>(arguments, bytes), stream);
+        low(of<Lows>(arguments, bytes), stream);
     else
         gemm(of<Gemm>(arguments, bytes), stream);
 }

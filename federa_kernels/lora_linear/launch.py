@@ -209,13 +209,14 @@ def launch_lora_linear_shared_fwd(
     for group in _groups(lora_As):
         lora_A = torch.cat(list(lora_As[group.start : group.stop]))
         own = rank_columns(lora_As[group.start : group.stop])
-        for p, of_group in zip(group, own, strict=True):
-            picked = tiles or _pick(M, weights[p].shape[0], K, lora_A.shape[0], x.dtype, arch)
-            if p == group.start:
-                parts = _down(x, lora_A, ONE, picked)
-            term = _Term(x, weights[p].t(), parts[:, :, of_group], lora_Bs[p].t(), scalings[p])
-            bias = biases[p] if biases[p] is None else biases[p].contiguous()
-            _gemm(ys[p], [term], picked.gemm, low=h[:, columns[p]], bias=bias)
+        with sm90.in_one_launch(x):
+            for p, of_group in zip(group, own, strict=True):
+                picked = tiles or _pick(M, weights[p].shape[0], K, lora_A.shape[0], x.dtype, arch)
+                if p == group.start:
+                    parts = _down(x, lora_A, ONE, picked)
+                term = _Term(x, weights[p].t(), parts[:, :, of_group], lora_Bs[p].t(), scalings[p])
+                bias = biases[p] if biases[p] is None else biases[p].contiguous()
+                _gemm(ys[p], [term], picked.gemm, low=h[:, columns[p]], bias=bias)
     return ys, h
 
 

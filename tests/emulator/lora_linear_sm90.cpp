@@ -30,3 +30,11 @@ EXPORTED std::int64_t spread_row(std::int64_t row, std::int64_t client) {
 EXPORTED int share_begin(int steps, int split, int splits) {
     return federa::sm90_kernels::share_of(steps, split, splits);
 }
+
+// places (all columns of tiles, 2): which product each belongs to, and which of its own it is.
+EXPORTED void products_of(const int* columns, int all, int* places) {
+    for (int at = 0; at < all; ++at) {
+        const auto [product, column] = federa::sm90_kernels::column_of(at, columns);
+        places[2 * at] = product, places[2 * at + 1] = column;
+    }
+}

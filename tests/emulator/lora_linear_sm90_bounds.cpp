@@ -36,6 +36,7 @@ void product(Index M, Index N, Index K, Index R, Tile tile, bool along_n, std::v
     const Index C = clients ? static_cast<Index>(offsets.size()) - 1 : 1, spread = sm90_kernels::spread(M, C - 1);
     const Index padded = (R + 7) / 8 * 8, width = along_n ? N : padded;
     const Buffer<std::uint16_t> x(M * K, one), W(N * K, one), out(M * N, 0), h(M * R, 0), low(spread * padded, 0);
+    const Buffer<std::uint16_t> other(M * N, 0);
     const Buffer<std::uint16_t> scaled(C * (along_n ? R : N) * width, 0);
     const Buffer<float> down(2 * M * R, 1.0f), B(C * N * R, 1.0f), bias(N, 1.0f), add(C * N, 0.0f), scalings(C, 1.0f);
     const Buffer<std::int32_t> ranks(C, static_cast<std::int32_t>(R)), ends(C + 1, 0);
@@ -44,10 +45,12 @@ void product(Index M, Index N, Index K, Index R, Tile tile, bool along_n, std::v
     if (clients) segments = {ends, scalings, ranks, C};
     sm90_kernels::Low of{bfloat16, M, N, R, 2, down, R, low, padded, h, R, B, float32, N * R, 1, R, scaled, width,
                          along_n, 0.5, bias, float32, 0, clients ? static_cast<float*>(add) : nullptr, segments};
-    sm90_kernels::run("low", &of, sizeof of, nullptr);
-    sm90_kernels::Gemm gemm{bfloat16, M, N, tile.BM, tile.BN, tile.cluster, tile.splits, along_n, 2, out,
-                            clients ? add : bias, float32, segments, {}};
-    gemm.pairs[0] = {x, K, K, W, along_n ? N : K, false};
+    const sm90_kernels::Lows lows{1, {of}};
+    sm90_kernels::run("low", &lows, sizeof lows, nullptr);
+    sm90_kernels::Gemm gemm{bfloat16, M, tile.BM, tile.BN, tile.cluster, tile.splits, along_n, 2, segments, {}, {}};
+    gemm.products[0] = {out, clients ? add : bias, float32, N, 2};
+    gemm.products[1] = {other, clients ? add : bias, float32, N, 1};
+    gemm.pairs[0] = gemm.pairs[2] = {x, K, K, W, along_n ? N : K, false};
     gemm.pairs[1] = {low, R, padded, scaled, width, clients};
     sm90_kernels::run("gemm", &gemm, sizeof gemm, nullptr);
 }

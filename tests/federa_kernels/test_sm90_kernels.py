@@ -138,7 +138,17 @@ def test_shared_inputs_are_as_good_as_torch_one_by_one(launched, widths, ranks):
     tensors, dys = make_shared(70, 40, widths, ranks, torch.bfloat16)
     frozen = range(1, len(tensors), 4)
     assert_as_good_as_torch(shared(None), one_by_one, scalings_of(len(ranks)), tensors, dys, trained(tensors, *frozen))
-    assert launched.count("sm90 gemm") == len(widths) + -(-len(widths) // 4) and "mma gemm" not in launched
+    together = -(-len(widths) // 4)  # forward; and dx
+    assert launched.count("sm90 gemm") == launched.count("sm90 low") == 2 * together and "mma gemm" not in launched
+
+
+@pytest.mark.parametrize("tile", [TILES[0], TILES[4], *SPLIT[1:3]], ids=str)
+def test_shared_inputs_in_any_tile(launched, forced, tile):
+    forced(tile)
+    tensors, dys = make_shared(300, 72, [136, 8, 264], [8, 12, 4], torch.float16)
+    tensors[5] = tensors[5].T.contiguous().T  # which goes alone, and keeps dx from going this way
+    assert_as_good_as_torch(shared(None), one_by_one, scalings_of(3), tensors, dys, trained(tensors, 1, 5, 9))
+    assert launched.count("sm90 gemm") == 2 and launched.count("mma gemm") == 1
 
 
 @pytest.mark.parametrize("tile", [TILES[0], TILES[3], TILES[4], *SPLIT[1:3]], ids=str)
@@ -344,6 +354,15 @@ def test_small_products_fill_the_gpu():
             assert -(-M // BM) * (768 // BN) * splits == at_work
 
 
+@given(columns=st.lists(st.integers(1, 40), min_size=1, max_size=4))
+def test_columns_of_tiles_belong_to_one_product_after_the_other(emulators, columns):
+    if emulators is None:
+        pytest.skip("for the emulator alone")
+    places = torch.full((sum(columns), 2), -1, dtype=torch.int32)
+    emulators[0].library.products_of((ctypes.c_int * 4)(*columns), sum(columns), ctypes.c_void_p(places.data_ptr()))
+    assert places.tolist() == [[p, c] for p, count in enumerate(columns) for c in range(count)]
+
+
 @given(steps=st.integers(0, 2**31 - 1), splits=st.integers(1, 8))
 def test_splits_share_all_steps_evenly(emulators, steps, splits):
     if emulators is None:
@@ -393,28 +412,41 @@ def test_every_block_of_spread_rows_is_one_clients(emulators, sizes, height):
 
 
 ONE = mma.Segments(C=1)
-GOOD = {"kind": 1, "M": 8, "N": 8, "BM": 128, "BN": 128, "cluster": 1, "splits": 1, "P": 1, "out": 16, "segments": ONE}
+PRODUCT = {"N": 8, "P": 1, "out": 16}
+
+
+def gemm(pair=(), product=None, **values):
+    """Sound arguments, but for what is changed."""
+    good = {"kind": 1, "M": 8, "BM": 128, "BN": 128, "cluster": 1, "splits": 1, "count": 1, "segments": ONE}
+    return sm90.Gemm(**good | values, products=(sm90.Product(**PRODUCT | (product or {})),), pairs=(sm90.Pair(*pair),))
+
+
+def lows(**values):
+    return sm90.Lows(1, (sm90.Low(**{"segments": ONE} | values),))
 
 
 @pytest.mark.parametrize(
     ("name", "values", "error"),
     [
-        ("gemm", sm90.Gemm(**GOOD | {"kind": 0, "pairs": (sm90.Pair(16, 8, 8, 16, 8),)}), "rows must be bfloat16 or"),
-        ("gemm", sm90.Gemm(**GOOD | {"M": 2**31}), "sizes must be 0 to 2\\^31 - 256"),
-        ("gemm", sm90.Gemm(**GOOD | {"P": 9}), "one product takes 1 to 8 pairs"),
-        ("gemm", sm90.Gemm(**GOOD | {"BN": 64}), "tiles must be 128 x 256, 128 x 128 or 64 x 128"),
-        ("gemm", sm90.Gemm(**GOOD | {"splits": 0}), "splits must be 1 to 8, in clusters of at most 8 blocks"),
-        ("gemm", sm90.Gemm(**GOOD | {"cluster": 2, "splits": 5}), "splits must be 1 to 8, in clusters of at most 8"),
-        ("gemm", sm90.Gemm(**GOOD | {"cluster": 4}), "clusters must be of 1 or 2 blocks"),
-        ("gemm", sm90.Gemm(**GOOD), "depths must be 1 to 2\\^31 - 256"),
-        ("gemm", sm90.Gemm(**GOOD | {"pairs": (sm90.Pair(8, 8, 8, 16, 8),)}), "rows of every matrix must begin on 16"),
-        ("gemm", sm90.Gemm(**GOOD | {"N": 9, "pairs": (sm90.Pair(16, 8, 8, 16, 8),)}), "rows of every matrix must"),
-        ("low", sm90.Low(M=-1), "sizes must not be negative"),
-        ("low", sm90.Low(M=1), "there must be one client or more"),
-        ("gemm", sm90.Gemm(**GOOD | {"segments": mma.Segments(16, C=2**30)}), "rows of clients must be fewer than 2"),
-        ("gemm", sm90.Gemm(**GOOD | {"segments": mma.Segments(16, C=2)}), "clients must have a float32 bias"),
+        ("gemm", gemm((16, 8, 8, 16, 8), kind=0), "rows must be bfloat16 or"),
+        ("gemm", gemm(M=2**31), "M must be 1 to 2\\^31 - 256"),
+        ("gemm", gemm(product={"N": 2**31}), "N must be 1 to 2\\^31 - 256"),
+        ("gemm", gemm(count=5), "one launch takes 1 to 4 products"),
+        ("gemm", gemm(product={"P": 9}), "products take 1 to 8 pairs"),
+        ("gemm", gemm(BN=64), "tiles must be 128 x 256, 128 x 128 or 64 x 128"),
+        ("gemm", gemm(splits=0), "splits must be 1 to 8, in clusters of at most 8 blocks"),
+        ("gemm", gemm(cluster=2, splits=5), "splits must be 1 to 8, in clusters of at most 8"),
+        ("gemm", gemm(cluster=4), "clusters must be of 1 or 2 tiles"),
+        ("gemm", gemm(), "depths must be 1 to 2\\^31 - 256"),
+        ("gemm", gemm((8, 8, 8, 16, 8)), "rows of every matrix must begin on 16"),
+        ("gemm", gemm((16, 8, 8, 16, 8), {"N": 9}), "rows of every matrix must"),
+        ("gemm", gemm(segments=mma.Segments(16, C=2**30)), "rows of clients must be fewer than 2"),
+        ("gemm", gemm(segments=mma.Segments(16, C=2)), "clients must have a float32 bias"),
+        ("low", sm90.Lows(5), "one launch takes 1 to 4"),
+        ("low", lows(M=-1), "sizes must not be negative"),
+        ("low", lows(segments=mma.Segments()), "there must be one client or more"),
         ("low", sm90.Gemm(), "the arguments have another size"),
-        ("down", sm90.Low(), "kernel must be low or gemm"),
+        ("down", sm90.Lows(), "kernel must be low or gemm"),
     ],
 )
 def test_what_would_reach_other_memory_is_refused(name, values, error):
