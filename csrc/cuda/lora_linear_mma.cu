@@ -2,6 +2,7 @@
 
 #include <initializer_list>
 
+#include "cuda/clients.h"
 #include "cuda/launch.h"
 #include "cuda/mma_product.h"
 
@@ -14,43 +15,6 @@ namespace {
 // writes, and writes nothing: an earlier one may still read what lies there.
 
 constexpr int band = 8;  // row tiles that go over the columns together, so that they meet in L2
-
-// The client who has this row: the first one whose rows end after it.
-__device__ inline int client_of(int row, const Segments& of) {
-    int low = 0, high = static_cast<int>(of.C) - 1;
-    while (low < high) {
-        const int middle = (low + high) / 2;
-        if (of.offsets[middle + 1] > row)
-            high = middle;
-        else
-            low = middle + 1;
-    }
-    return low;
-}
-
-// First and last client with rows in [start, stop).
-struct ClientRange {
-    int first = 0, last = 0;
-
-    __device__ ClientRange(const Segments& of, int start, int stop) {
-        if (of.offsets) first = client_of(start, of), last = client_of(stop - 1, of);
-    }
-    __device__ bool several() const { return first != last; }
-};
-
-// One client's rows within [start, stop), counted from start, and what is its own.
-struct Client {
-    int begin, end, rank;
-    float scale;
-
-    __device__ Client(const Segments& of, int c, int start, int stop, int R, double scale_of_all) {
-        begin = of.offsets ? max(of.offsets[c], start) - start : 0;
-        end = (of.offsets ? min(of.offsets[c + 1], stop) : stop) - start;
-        rank = of.ranks ? min(of.ranks[c], R) : R;
-        scale = of.scalings ? of.scalings[c] : static_cast<float>(scale_of_all);
-    }
-    __device__ bool has(int row) const { return begin <= row && row < end; }
-};
 
 template <class P, int BYTES>
 __global__ void __launch_bounds__(P::threads, P::BN > 64 ? 2 : 3) down_kernel(const __grid_constant__ Down d) {

@@ -244,7 +244,7 @@ def launch_lora_linear_shared_fwd(
         lora_A = torch.cat(list(lora_As[group.start : group.stop]))
         own = rank_columns(lora_As[group.start : group.stop])
         picked = [tiles or _pick(kernels, M, weights[p].shape[0], K, lora_A.shape[0], x.dtype, arch) for p in group]
-        with _together(picked[0]):
+        with _together(picked[0]), sm90.in_one_launch(x):
             parts = _down(x, lora_A, ONE, picked[0])
             for p, of_group, own_tiles in zip(group, own, picked, strict=True):
                 term = _Term(x, weights[p].t(), parts[:, :, of_group], lora_Bs[p].t(), scalings[p])

@@ -103,18 +103,31 @@ def for_kernels(tiles: Tiles, kernels: str) -> Tiles:
     return replace(tiles, gemm=gemm, down=down, grad=grad)
 
 
-def pick_sm90_tile(M: int, N: int) -> tuple[int, int]:
-    """(BN, cluster) of csrc/cuda/lora_linear_sm90.cu: columns of its tiles of 128 rows, and how many tiles above each
-    other share the reads of their weight. The wide tile, unless it leaves too much of the GPU idle in its last turn: a
-    narrow one takes half its products but 5/8 of its time, as shared memory feeds 128 bytes a clock where it would take
-    160 (counted, not measured)."""
-    cluster = 2 if M > 128 else 1
+# (BM, BN) of csrc/cuda/lora_linear_sm90.cu -> the time of a step of 64 of the depth, in 128 clocks, counted and not
+# measured: the products of the first tile; what shared memory feeds to those of the second, 128 bytes a clock; what L2
+# brings for those of the third, 64 bytes a clock.
+SM90_GEMM = {(128, 256): 8, (128, 128): 5, (64, 128): 3}
 
-    def time(BN: int) -> int:
-        turns = _tiles(_tiles(M, 128 * cluster) * _tiles(N, BN), MULTIPROCESSORS[90] // cluster)
-        return turns * {256: 8, 128: 5}[BN]
 
-    return min((256, 128), key=time), cluster
+def pick_sm90_tile(M: int, N: int, steps: int) -> tuple[int, int, int, int]:
+    """(BM, BN, cluster, splits) of csrc/cuda/lora_linear_sm90.cu for a depth of `steps` times 64: the tile, how many
+    above each other share the reads of their weight, and how many blocks share the depth of one.
+
+    The least of times that are counted, not measured: the largest tile, unless it leaves too much of the GPU idle in
+    its last turn; whole tiles, unless most of it is idle. Blocks that share a depth leave float32 sums in shared memory
+    and pass them on at 14 bytes a clock (arXiv 2501.12084), between two barriers of 3 units; clusters of more than two
+    find 120 of 132 multiprocessors, as cuBLAS takes them (NVIDIA/cutlass issue 1921)."""
+
+    def time(tile: tuple[int, int, int, int]) -> float:
+        BM, BN, cluster, splits = tile
+        at_once = MULTIPROCESSORS[90] // cluster if splits == 1 else 120 // splits
+        turns = _tiles(_tiles(M, BM * cluster) * _tiles(N, BN), at_once)
+        passed_on = 6 + 4 * BM * BN * (1 / 128 + (splits - 1) / splits / 14) / 128 if splits > 1 else 0
+        return turns * (_tiles(steps, splits) * SM90_GEMM[BM, BN] + passed_on)
+
+    whole = [(BM, BN, 2 if M > BM else 1, 1) for BM, BN in SM90_GEMM]
+    parted = [(BM, BN, 1, splits) for BM, BN in SM90_GEMM for splits in (2, 4, 8)]
+    return min(whole + parted, key=time)
 
 
 def _parts(M: int, N: int, K: int, programs: int, down: Tile, grad: Tile) -> tuple[int, int]:

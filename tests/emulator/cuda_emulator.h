@@ -122,6 +122,7 @@ struct Block {
     unsigned char* shared;
     bool any = false;    // whether a thread voted so at the last barrier
     bool begun = false;  // the next block of a cluster begins when those before it cannot go on
+    unsigned fences = 0;  // of its threads, which order what they wrote before what the copy engine does
 };
 
 struct Thread {
