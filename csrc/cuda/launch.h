@@ -64,6 +64,18 @@ struct Stream {
     Stream(cudaStream_t handle, bool follows = false) : handle(handle), follows(follows) {}
 };
 
+#ifdef __CUDACC__
+// The attribute of a kernel that follows, if it may: it must not where the device runs code of sm_80, which does not wait.
+inline int following(cudaLaunchAttribute& attribute, const void* kernel, const Stream& stream) {
+    if (!stream.follows) return 0;
+    cudaFuncAttributes of{};
+    check(cudaFuncGetAttributes(&of, kernel), "attributes of a kernel");
+    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attribute.val.programmaticStreamSerializationAllowed = 1;
+    return of.ptxVersion >= 90;
+}
+#endif
+
 // kernel<<<grid, block, bytes of shared memory, stream>>>(arguments...) on the current device. Throws what the launch
 // itself reports; what a kernel does wrong later shows at the next synchronisation.
 template <class... Parameters, class... Arguments>
@@ -74,16 +86,10 @@ void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, std::size_t sh
         check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared)),
               "shared memory of a kernel");
     cudaLaunchAttribute attribute{};
-    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    attribute.val.programmaticStreamSerializationAllowed = 1;
     cudaLaunchConfig_t config{};
     config.gridDim = grid, config.blockDim = block, config.dynamicSmemBytes = shared;
     config.stream = stream.handle, config.attrs = &attribute;
-    if (stream.follows) {
-        cudaFuncAttributes of{};
-        check(cudaFuncGetAttributes(&of, kernel), "attributes of a kernel");
-        config.numAttrs = of.ptxVersion >= 90;  // not the device's: it may run code of sm_80, which does not wait
-    }
+    config.numAttrs = following(attribute, reinterpret_cast<const void*>(kernel), stream);
     check(cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...), "launch of a kernel");
 #else
     emulator::launch(grid, block, shared, [=] { kernel(static_cast<Parameters>(arguments)...); }, stream.follows);
@@ -94,23 +100,24 @@ void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, std::size_t sh
 // among themselves.
 template <class... Parameters, class... Arguments>
 void launch_clusters(void (*kernel)(Parameters...), unsigned tiles, unsigned in_cluster, unsigned block,
-                     std::size_t shared, cudaStream_t stream, const Arguments&... arguments) {
+                     std::size_t shared, Stream stream, const Arguments&... arguments) {
 #ifdef __CUDACC__
     check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared)),
           "shared memory of a kernel");
-    cudaLaunchAttribute attribute{};
-    attribute.id = cudaLaunchAttributeClusterDimension;
-    attribute.val.clusterDim = {in_cluster, 1, 1};
+    cudaLaunchAttribute attributes[2]{};
+    attributes[0].id = cudaLaunchAttributeClusterDimension;
+    attributes[0].val.clusterDim = {in_cluster, 1, 1};
     cudaLaunchConfig_t config{};
     config.gridDim = dim3(in_cluster), config.blockDim = dim3(block), config.dynamicSmemBytes = shared;
-    config.stream = stream, config.attrs = &attribute, config.numAttrs = 1;
+    config.stream = stream.handle, config.attrs = attributes, config.numAttrs = 1;
     int fit = 0;
     check(cudaOccupancyMaxActiveClusters(&fit, kernel, &config), "clusters of a kernel");
     config.gridDim = dim3(in_cluster * (fit < 1 ? 1 : tiles < static_cast<unsigned>(fit) ? tiles : fit));
+    config.numAttrs += following(attributes[1], reinterpret_cast<const void*>(kernel), stream);
     check(cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...), "launch of a kernel");
 #else
-    (void)stream;
-    emulator::launch_clusters(tiles, in_cluster, block, shared, [=] { kernel(static_cast<Parameters>(arguments)...); });
+    emulator::launch_clusters(
+        tiles, in_cluster, block, shared, [=] { kernel(static_cast<Parameters>(arguments)...); }, stream.follows);
 #endif
 }
 

@@ -483,8 +483,10 @@ inline void launch(dim3 grid, dim3 block, std::size_t bytes, std::function<void(
 
 // The same on clusters of blocks: as many as fit and at most `tiles`.
 inline void launch_clusters(unsigned tiles, unsigned in_cluster, unsigned block, std::size_t bytes,
-                            std::function<void()> kernel) {
-    launch(dim3(std::min(tiles, active_clusters) * in_cluster), dim3(block), bytes, std::move(kernel), false,
+                            std::function<void()> kernel, bool follows = false) {
+    if (follows && around_a_cluster)
+        throw std::runtime_error("launch: what a cluster of Hopper's has under way is not kept for another kernel's");
+    launch(dim3(std::min(tiles, active_clusters) * in_cluster), dim3(block), bytes, std::move(kernel), follows,
            in_cluster, hopper_shared_limit);
 }
 
