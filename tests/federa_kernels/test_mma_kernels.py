@@ -7,6 +7,7 @@ Where there is a GPU and a build that has them, the kernels run there.
 import contextlib
 import ctypes
 import dataclasses
+import itertools
 import mmap
 import re
 
@@ -15,8 +16,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from federa_kernels import load_extension, lora_linear
-from federa_kernels.lora_linear import mma, op, path_for
+from federa_kernels import load_extension, lora_linear, lora_linear_shared
+from federa_kernels.lora_linear import dispatch, mma, op, path_for
 from federa_kernels.lora_linear.tiles import MMA_GEMM, pick_mma_tiles
 
 from . import against_float64 as cases
@@ -357,6 +358,47 @@ def test_the_operator_takes_them(monkeypatch, emulated):
     call = lambda scaling, x, W, A, B, b: lora_linear(x, W, A, B, scaling, b)  # noqa: E731
     assert_as_good_as_torch(call, cases.plain, SCALING, tensors, dy, trained(tensors, 1))
     assert emulated.launches() == before + 5  # h, y; dy, dx, dA: one piece of each gradient, which no sum needs
+
+
+def test_the_table_chooses_forward_and_backward(monkeypatch, emulated):
+    """These kernels forward, cuBLAS (here the CPU's) backward; the other way round for shared inputs."""
+    one, shared_inputs = dispatch.bucket(20, 24, 40, 8), dispatch.bucket(20, 48, 40, 16)
+    table = {
+        (0, torch.bfloat16, "one forward", *one): ("sm90", "mma"),  # sm90 is for Hopper alone
+        (0, torch.bfloat16, "one backward", *one): ("torch",),
+        (0, torch.bfloat16, "shared forward", *shared_inputs): ("torch",),
+        (0, torch.bfloat16, "shared backward", *shared_inputs): ("mma",),
+    }
+
+    def path_of(rows, packed, ranks, kind, weights, needs_weight=False):
+        return "reference" if launch.choose(kind, rows, weights, ranks) == "torch" else "triton"
+
+    monkeypatch.setattr(launch, "_kernels", "auto")
+    monkeypatch.setattr(op, "path_of", path_of)
+    monkeypatch.setattr(dispatch, "why_not", lambda name: None)
+    monkeypatch.setattr(dispatch, "entries", lambda: table)
+    dispatch.fastest.cache_clear()
+    try:
+        tensors, dy = make(20, 24, 40, 8, torch.bfloat16)
+        counts = [emulated.launches()]
+        with torch.no_grad():
+            lora_linear(*tensors[:4], SCALING, tensors[4])
+        counts.append(emulated.launches())
+        call = lambda scaling, x, W, A, B, b: lora_linear(x, W, A, B, scaling, b)  # noqa: E731
+        assert_as_good_as_torch(call, cases.plain, SCALING, tensors, dy, trained(tensors, 1))
+        counts.append(emulated.launches())
+        tensors, dys = make_shared(20, 40, [24, 24], [8, 8], torch.bfloat16)
+
+        def together(scalings, x, *flat):
+            each = zip(flat[0::4], flat[1::4], flat[2::4], scalings, flat[3::4], strict=True)
+            return lora_linear_shared(x, list(each))
+
+        mask = trained(tensors, 1, 5)
+        assert_as_good_as_torch(together, one_by_one, scalings_of(2), tensors, dys, mask)
+        counts.append(emulated.launches())
+        assert [after - before for before, after in itertools.pairwise(counts)] == [2, 2, 4]
+    finally:
+        dispatch.fastest.cache_clear()
 
 
 @given(
