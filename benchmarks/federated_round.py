@@ -11,11 +11,11 @@ out by length, so that all clients have as many tokens; turns repeat the same wo
   ... bf16        with a bfloat16 residual (fp32 activations); "... bf16 all": activations too (model.precision)
   floor           the same tokens through the frozen model and back to its embeddings: no adapter or optimiser
 
-Then the cohorts' curve, the same turns and their memory for cohorts of 1 to 32 clients, and the clients' curve, whole
-rounds of runs with 10 to 10,000 clients (round_clients.py). --part asks for one of the three.
+Then the cohorts' curve, the same turns and their memory for cohorts of 1 to 32 clients; the clients' curve, whole
+rounds of runs with 10 to 10,000 clients (round_clients.py); and, where ray is installed, "peft" as clients of Flower's
+simulation (round_flower.py). --part asks for one of the four.
 
---data names a folder with train.jsonl.gz and test.jsonl.gz of 20 Newsgroups. Flower's simulation, which needs ray, is
-not among the providers.
+--data names a folder with train.jsonl.gz and test.jsonl.gz of 20 Newsgroups.
 """
 
 import argparse
@@ -33,7 +33,8 @@ from benchmarks import records as store
 from benchmarks.clock import eager, interleave, peak_bytes, percentiles
 from benchmarks.harness import arguments, prepare
 from benchmarks.round_clients import run_clients, shown
-from benchmarks.round_work import LR, STEPS, TARGETS, Work
+from benchmarks.round_flower import NO_RAY, Flower
+from benchmarks.round_work import STEPS, Work, peft_model, train_plain_client
 from federa.client import train_client
 from federa.cohort import memory_of_client, train_cohort
 from federa.data import Examples
@@ -52,10 +53,8 @@ ROUNDS = (3, 7)
 
 def train_plainly(work: Work, model: nn.Module, grouped: bool, autocast: bool) -> Callable[[int], float]:
     """A turn of clients one after another in plain PyTorch; the mean of their losses."""
-    device, examples = work.experiment.learner.device, work.experiment.train
     trained = [p for p in model.parameters() if p.requires_grad]
     start = [p.detach().clone() for p in trained]
-    model.train()
 
     def turn(number: int) -> float:
         total = 0.0
@@ -63,26 +62,14 @@ def train_plainly(work: Work, model: nn.Module, grouped: bool, autocast: bool) -
             with torch.no_grad():
                 for parameter, value in zip(trained, start, strict=True):
                     parameter.copy_(value)
-            optimizer = torch.optim.AdamW(trained, lr=LR, weight_decay=0.0, fused=True)
-            for indices in work.batches(client, number, grouped):
-                batch = {name: tensor.to(device) for name, tensor in examples.batch(indices).items()}
-                with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
-                    loss = model(**batch).loss
-                loss.backward()
-                torch.nn.utils.clip_grad_norm_(trained, 1.0)
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
-                total += loss.item()
-        return total / (work.few * STEPS)
+            total += train_plain_client(work, model, client, number, grouped, autocast)
+        return total / work.few
 
     return turn
 
 
 def peft(work: Work, grouped: bool = False, autocast: bool = False) -> Callable[[int], float]:
-    from peft import LoraConfig, get_peft_model
-
-    settings = LoraConfig(r=8, lora_alpha=8, target_modules=TARGETS, task_type="SEQ_CLS", modules_to_save=["pooler"])
-    return train_plainly(work, get_peft_model(work.plain_model(), settings), grouped, autocast)
+    return train_plainly(work, peft_model(work), grouped, autocast)
 
 
 class PlainFeDeRA(nn.Module):
@@ -170,10 +157,19 @@ def curve(work: Work, cohorts: Sequence[int]) -> Mapping[str, Callable[[int], fl
     return found | {f"cohort {cohort}": ours(work, cohort, work.experiment) for cohort in cohorts}
 
 
+def simulated(work: Work, cohorts: Sequence[int]) -> Mapping[str, Callable[[int], float]]:
+    """PEFT in turn and in Flower, apart from the others, whom Ray's processes would disturb."""
+    return {"peft": peft(work), "flower": Flower(work)}
+
+
+PHASES = {"round": providers, "cohorts": curve, "flower": simulated}
+
+
 def samples_of(name: str, work: Work) -> int:
     """Of one turn of a provider."""
     words = name.split()
-    return work.batch * STEPS * (int(words[1]) if words[0] == "cohort" else work.few)
+    clients = int(words[1]) if words[0] == "cohort" else work.clients if name == "flower" else work.few
+    return work.batch * STEPS * clients
 
 
 def judged(work: Work, turns: Mapping[str, Callable[[int], float]]) -> dict[str, str]:
@@ -192,10 +188,10 @@ def judged(work: Work, turns: Mapping[str, Callable[[int], float]]) -> dict[str,
 
 
 def run_case(data: Path, sizes: Sequence[int], options: argparse.Namespace, phase: str = "round") -> list[dict]:
-    """A record for each provider: of the table ("round") or of the curve over cohorts ("cohorts")."""
+    """A record for each provider: of the table ("round"), of the curve over cohorts ("cohorts") or of "flower"."""
     tokens, batch, cohorts = sizes
     work = Work(data, tokens, batch, clients := max(cohorts))
-    turns = (providers if phase == "round" else curve)(work, cohorts)
+    turns = PHASES[phase](work, cohorts)
     wrong = judged(work, turns)
     runners = {
         name: eager({"round": lambda slot, turn=turn: turn(slot)}, range(1000), options.device)
@@ -203,7 +199,8 @@ def run_case(data: Path, sizes: Sequence[int], options: argparse.Namespace, phas
         if name not in wrong
     }
     times = interleave(runners, options.seconds, ROUNDS)
-    peaks = {name: peak_bytes({"turn": turns[name]}, 0, options.device, warm=True) for name in runners}
+    peaks = {name: peak_bytes({"turn": turns[name]}, 0, options.device, warm=True) for name in runners
+             if name != "flower"}  # fmt: skip
     environment, found = store.environment(options.device), []
     base = percentiles([row[0] for row in times["peft"]])[1] / samples_of("peft", work)
     for name in turns:
@@ -229,22 +226,31 @@ def run_case(data: Path, sizes: Sequence[int], options: argparse.Namespace, phas
                 "environment": environment,
             }
         )
+        if isinstance(turns[name], Flower):
+            found[-1]["startup_seconds"] = float(f"{turns[name].startup:.3g}")  # no part of the turns
+            turns[name].close()
     return found
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = arguments(__doc__, SUBJECT)
     parser.add_argument("--data", type=Path, required=True, help="folder of 20 Newsgroups")
-    parser.add_argument("--part", choices=("table", "cohorts", "clients"), help="that part alone")
+    parser.add_argument("--part", choices=("table", "cohorts", "clients", "flower"), help="that part alone")
     options = prepare(parser, argv, seconds=30.0)
     reuse_memory()
     part, cases = options.part or ("table" if options.only else None), []
+    chosen = [sizes for sizes in CASES[options.device][-1 if options.quick else 0 :]
+              if options.only in (None, f"{sizes[0]}x{sizes[1]}")]  # fmt: skip
     if part in (None, "table"):
-        cases += [("round", sizes) for sizes in CASES[options.device][-1 if options.quick else 0 :]
-                  if options.only in (None, f"{sizes[0]}x{sizes[1]}")]  # fmt: skip
+        cases += [("round", sizes) for sizes in chosen]
     if part in (None, "cohorts"):
         tokens, batch, cohorts = CURVE
         cases.append(("cohorts", (tokens, batch, cohorts[:2] if options.quick else cohorts)))
+    if part in (None, "flower"):
+        if Flower.there():
+            cases += [("flower", sizes) for sizes in chosen]
+        else:
+            print(NO_RAY)
     for phase, sizes in cases:
         report(run_case(options.data, sizes, options, phase), options)
     if part in (None, "clients"):
@@ -264,6 +270,7 @@ def report(rows: Sequence[dict], options: argparse.Namespace) -> None:
             line = row["refused"]
         else:
             line = f"{row['samples_per_second']:8.1f} samples/s  {row['ratio']:5.2f} x peft"
+            line += f", started in {row['startup_seconds']:.0f} s" if "startup_seconds" in row else ""
         print(f"  {row['provider']:20} {line}{memory}", flush=True)
     if options.record:
         store.save(rows)

@@ -11,6 +11,7 @@ Row = Mapping[str, Any]
 HEADS = {
     "peft": "transformers and PEFT's LoRA, clients in turn, batches at random",
     "peft bf16": "the same, autocast bf16, batches of like length",
+    "flower": "PEFT's clients in Flower's simulation, one on each core",
     "plain": "FeDeRA in plain PyTorch",
     "alone": "federa, clients in turn",
     "cohort": "federa, the best cohort",
@@ -61,7 +62,8 @@ def kind_of(provider: str) -> str:
 def cases(records: Sequence[Row]) -> dict[tuple[int, int, int], dict[str, Row]]:
     """(batch, tokens, clients) -> the fastest record of each kind, of the machine and threads measured last."""
     found: dict[tuple[int, int, int], dict[str, Row]] = {}
-    for row in of(records, "round"):
+    simulated = [row for row in of(records, "flower") if row["provider"] == "flower"]
+    for row in [*of(records, "round"), *simulated]:
         if row["samples_per_second"] is not None:
             here = found.setdefault((row["sizes"]["B"], row["sizes"]["T"], row["sizes"]["C"]), {})
             kind = kind_of(row["provider"])

@@ -44,11 +44,39 @@ def dealt(experiment: Experiment, clients: int) -> list[np.ndarray]:
     return [by_length[client::clients] for client in range(clients)]
 
 
+def peft_model(work: "Work") -> nn.Module:
+    """The classifier under PEFT's LoRA."""
+    from peft import LoraConfig, get_peft_model
+
+    settings = LoraConfig(r=8, lora_alpha=8, target_modules=TARGETS, task_type="SEQ_CLS", modules_to_save=["pooler"])
+    return get_peft_model(work.plain_model(), settings)
+
+
+def train_plain_client(
+    work: "Work", model: nn.Module, client: int, turn: int, grouped: bool = False, autocast: bool = False
+) -> float:
+    """One client's steps in plain PyTorch, from where the model stands; the mean of their losses."""
+    device, examples, total = work.experiment.learner.device, work.experiment.train, 0.0
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=LR, weight_decay=0.0, fused=True)
+    model.train()
+    for indices in work.batches(client, turn, grouped):
+        batch = {name: tensor.to(device) for name, tensor in examples.batch(indices).items()}
+        with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
+            loss = model(**batch).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        total += loss.item()
+    return total / STEPS
+
+
 class Work:
     """What a turn does: every client once through its STEPS batches of examples, the same for all providers."""
 
     def __init__(self, data: Path, tokens: int, batch: int, clients: int):
-        self.batch, self.clients = batch, clients
+        self.data, self.tokens, self.batch, self.clients = data, tokens, batch, clients
         self.few = max(1, SAMPLES // (batch * STEPS))  # clients of a turn where none shares a batch
 
         def make(**sections) -> Experiment:
