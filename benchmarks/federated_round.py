@@ -21,6 +21,7 @@ simulation (round_flower.py). --part asks for one of the four.
 import argparse
 import copy
 import math
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -34,15 +35,15 @@ from benchmarks.clock import eager, interleave, peak_bytes, percentiles
 from benchmarks.harness import arguments, prepare
 from benchmarks.round_clients import run_clients, shown
 from benchmarks.round_flower import NO_RAY, Flower
-from benchmarks.round_work import STEPS, Work, peft_model, train_plain_client
+from benchmarks.round_work import BASE, STEPS, Work, make_base, peft_model, train_plain_client
 from federa.client import train_client
 from federa.cohort import memory_of_client, train_cohort
-from federa.data import Examples
 from federa.experiment import Experiment
 from federa.memory import reuse_memory
 from federa_kernels import FeDeRALinear
 
 SUBJECT = "federated_round"
+GROUPS = {"cpu": "MiniLM", "cuda": BASE}
 CASES = {  # tokens, batch, cohorts
     "cpu": ((256, 16, (2, 4)), (128, 16, (2, 4)), (128, 4, (4, 16))),
     "cuda": ((128, 16, (8, 32)),),
@@ -109,28 +110,48 @@ def ours(work: Work, cohort: int, experiment: Experiment) -> Callable[[int], flo
     return turn
 
 
-def floor(work: Work, grouped_examples: Examples) -> Callable[[int], float]:
-    """All clients' tokens, packed, through the frozen model forward and to the gradient of their embeddings."""
+def floor(work: Work, together: int = 1, dtype: torch.dtype = torch.float32) -> Callable[[int], float]:
+    """All clients' tokens, packed, through the frozen model forward and to the gradient of their embeddings; of so many
+    clients together."""
     from federa.packing import pack_encoder
     from federa_kernels import pack_frozen
 
-    model = work.plain_model().requires_grad_(False)
+    model = work.plain_model().requires_grad_(False).to(dtype)
     pack_frozen(model)
     pack_encoder(model)
-    embeddings, device = model.get_input_embeddings(), work.experiment.learner.device
+    embeddings, examples = model.get_input_embeddings(), work.experiment.train
 
     def turn(number: int) -> float:
-        for client in range(work.few):
-            for indices in work.batches(client, number, True):
-                batch = {name: tensor.to(device) for name, tensor in grouped_examples.batch(indices).items()}
+        clients = [work.batches(client, number, True) for client in range(max(together, work.few))]
+        for first in range(0, len(clients), together):
+            for indices in map(np.concatenate, zip(*clients[first : first + together], strict=True)):
+                batch = examples.batch_on(work.experiment.learner.device, indices)
                 embedded = embeddings(batch["input_ids"]).requires_grad_()
-                model(inputs_embeds=embedded, attention_mask=batch["attention_mask"]).logits.sum().backward()
+                mask, lengths = batch["attention_mask"], batch["lengths"]
+                model(inputs_embeds=embedded, attention_mask=mask, lengths=lengths).logits.sum().backward()
         return math.nan
 
     return turn
 
 
 def providers(work: Work, cohorts: Sequence[int]) -> Mapping[str, Callable[[int], float]]:
+    return (on_cuda if work.experiment.learner.device.type == "cuda" else on_cpu)(work, cohorts)
+
+
+def on_cuda(work: Work, cohorts: Sequence[int]) -> Mapping[str, Callable[[int], float]]:
+    narrow = work.make(method={"residual_dtype": "bfloat16"}, model={"precision": "bfloat16"})
+    most = max(cohorts)
+    return {
+        "peft": peft(work),
+        "peft bf16": peft(work, grouped=True, autocast=True),
+        "peft bf16 again": peft(work, grouped=True, autocast=True),
+        f"floor {most} bf16": floor(work, most, torch.bfloat16),
+        "alone bf16 all": ours(work, 1, narrow),
+        **{f"cohort {cohort} bf16 all": ours(work, cohort, narrow) for cohort in cohorts},
+    }
+
+
+def on_cpu(work: Work, cohorts: Sequence[int]) -> Mapping[str, Callable[[int], float]]:
     narrow = {"method": {"residual_dtype": "bfloat16"}}
     kinds = {
         "": work.experiment,
@@ -142,7 +163,7 @@ def providers(work: Work, cohorts: Sequence[int]) -> Mapping[str, Callable[[int]
         "peft again": peft(work),
         "peft bf16": peft(work, grouped=True, autocast=True),
         "plain": plain(work),
-        "floor": floor(work, work.experiment.train),
+        "floor": floor(work),
     }
     for suffix, experiment in kinds.items():
         found[f"alone{suffix}"] = ours(work, 1, experiment)
@@ -168,7 +189,7 @@ PHASES = {"round": providers, "cohorts": curve, "flower": simulated}
 def samples_of(name: str, work: Work) -> int:
     """Of one turn of a provider."""
     words = name.split()
-    clients = int(words[1]) if words[0] == "cohort" else work.clients if name == "flower" else work.few
+    clients = int(words[1]) if words[1:] and words[1].isdigit() else work.clients if name == "flower" else work.few
     return work.batch * STEPS * clients
 
 
@@ -182,7 +203,7 @@ def judged(work: Work, turns: Mapping[str, Callable[[int], float]]) -> dict[str,
         expected = model(**batch).loss.item()
     for name, turn in turns.items():
         loss = turn(0)
-        if name != "floor" and not 0.5 * expected < loss < 1.1 * expected:
+        if not name.startswith("floor") and not 0.5 * expected < loss < 1.1 * expected:
             wrong[name] = f"wrong: loss {loss:.4f} in the first steps, {expected:.4f} before them"
     return wrong
 
@@ -190,7 +211,7 @@ def judged(work: Work, turns: Mapping[str, Callable[[int], float]]) -> dict[str,
 def run_case(data: Path, sizes: Sequence[int], options: argparse.Namespace, phase: str = "round") -> list[dict]:
     """A record for each provider: of the table ("round"), of the curve over cohorts ("cohorts") or of "flower"."""
     tokens, batch, cohorts = sizes
-    work = Work(data, tokens, batch, clients := max(cohorts))
+    work = Work(data, tokens, batch, clients := max(cohorts), options.device)
     turns = PHASES[phase](work, cohorts)
     wrong = judged(work, turns)
     runners = {
@@ -209,7 +230,7 @@ def run_case(data: Path, sizes: Sequence[int], options: argparse.Namespace, phas
         found.append(
             {
                 "subject": SUBJECT,
-                "group": "MiniLM",
+                "group": GROUPS[options.device],
                 "sizes": {"T": tokens, "B": batch, "C": clients},
                 "dtype": "bf16" if "bf16" in name else "fp32",
                 "provider": name,
@@ -234,9 +255,11 @@ def run_case(data: Path, sizes: Sequence[int], options: argparse.Namespace, phas
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = arguments(__doc__, SUBJECT)
-    parser.add_argument("--data", type=Path, required=True, help="folder of 20 Newsgroups")
+    parser.add_argument("--data", type=Path, help="folder of 20 Newsgroups; none on a GPU")
     parser.add_argument("--part", choices=("table", "cohorts", "clients", "flower"), help="that part alone")
     options = prepare(parser, argv, seconds=30.0)
+    if (options.data is None) == (options.device == "cpu"):
+        parser.error("--data: must name a folder of 20 Newsgroups on a CPU, and is not taken on a GPU")
     reuse_memory()
     part, cases = options.part or ("table" if options.only else None), []
     chosen = [sizes for sizes in CASES[options.device][-1 if options.quick else 0 :]
@@ -251,10 +274,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             cases += [("flower", sizes) for sizes in chosen]
         else:
             print(NO_RAY)
-    for phase, sizes in cases:
-        report(run_case(options.data, sizes, options, phase), options)
-    if part in (None, "clients"):
-        report(run_clients(options.data, options), options)
+    with tempfile.TemporaryDirectory() as folder:
+        data = options.data or Path(folder)
+        if options.data is None:
+            make_base(data, CASES["cuda"][0][0])
+        for phase, sizes in cases:
+            report(run_case(data, sizes, options, phase), options)
+        if part in (None, "clients"):
+            report(run_clients(data, options), options)
     return 0
 
 

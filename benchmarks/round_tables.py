@@ -20,6 +20,7 @@ HEADS = {
     "alone bf16 all": "federa in turn, bf16 residual and activations",
     "cohort bf16 all": "federa, cohort, bf16 residual and activations",
     "floor": "frozen encoder alone, forward and back to its inputs",
+    "floor bf16": "frozen encoder alone in bf16, all clients together",
 }
 
 
