@@ -1,5 +1,6 @@
 """Where the host waits for a device, found without one: its tensors are fake and claim "cuda", the host's are real."""
 
+import warnings
 from dataclasses import replace
 
 import numpy as np
@@ -16,7 +17,7 @@ from federa.cohort import train_cohort
 from federa.config import changed
 from federa.experiment import build
 
-from .as_alone import moved, shares
+from .as_alone import SGD, check, moved, shares
 
 CUDA = torch.device("cuda")
 COPIES = (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default)
@@ -102,6 +103,33 @@ def test_no_step_waits_for_the_device(tiny_config, tiny_models, family, together
         assert all(update.steps == steps for update in updates)
         waits.append(device.waits)
     assert waits[0] == waits[1] != []
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_no_step_waits(tiny_config):
+    """As PyTorch itself finds it."""
+    counts = []
+    for steps in (1, 3):
+        experiment = build(changed(tiny_config, model={"device": "cuda", "dropout": 0.1}, client={"steps": steps}))
+        arguments = (list(enumerate(shares((9, 30, 2)))), 1, moved(experiment), experiment.config)
+        for _ in range(2):  # what a first step compiles waits too
+            torch.cuda.set_sync_debug_mode("warn")
+            try:
+                with warnings.catch_warnings(record=True) as found:
+                    warnings.simplefilter("always")
+                    train_cohort(experiment.learner, experiment.train, *arguments)
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+        counts.append(sum("synchroniz" in str(warning.message) for warning in found))
+    assert counts[0] == counts[1] > 0
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("family", ["bert", "distilbert"])
+def test_on_a_gpu_as_alone(tiny_config, tiny_models, family):
+    config = changed(tiny_config, model={"name": str(tiny_models(family)), "device": "cuda"}, client=SGD)
+    experiment = build(config)
+    check(experiment, moved(experiment), config)
 
 
 def test_what_waits_is_found():
