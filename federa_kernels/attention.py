@@ -10,7 +10,7 @@ from torch.autograd.function import once_differentiable
 
 from ._checks import check_shape, failure
 from ._extension import load_extension
-from .transfer import to_device
+from .transfer import GPUS, to_device
 
 KINDS = {torch.float32: "f", torch.bfloat16: "b"}
 
@@ -145,7 +145,7 @@ def packed_attention(
         wanted = f"be one for each of lengths, 0 where that is 0, and sum to Q = {Q}"
         raise ValueError(failure("packed_attention", "queries", wanted, list(queries)))
     scaling = D**-0.5 if scaling is None else scaling
-    if query.device.type == "cuda" and min(queries, default=0) > 0:
+    if query.device.type in GPUS and min(queries, default=0) > 0:
         return _at_once(query, key, value, lengths, queries, scaling, dropout)
     if not _on_tiles(query, key, value, dropout):
         return _by_length(query, key, value, lengths, queries, scaling, dropout)
