@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 from torch.nn.functional import scaled_dot_product_attention
 
 from federa_kernels import load_extension, packed_attention
-from federa_kernels.attention import _at_once
+from federa_kernels.attention import _at_once, _offsets
 
 NAMES = ("out", "dq", "dk", "dv")
 
@@ -256,6 +256,15 @@ def check_dropout(function, lengths, device="cpu", dtype=torch.float32):
         assert torch.allclose(
             value.grad[rows].double(), wanted, rtol=1e-2 if dtype != torch.float32 else 1e-4, atol=bits
         )
+
+
+def test_what_evaluation_made_serves_training():
+    lengths = [4, 7, 2]
+    tensors = make(lengths, dtype=torch.float32)
+    with torch.inference_mode():
+        at_once(*tensors[:3], lengths, 0.3)
+    assert not _offsets(tuple(lengths), torch.device("cpu")).is_inference()
+    run(at_once, tensors, lengths, 0.3)
 
 
 def test_dropout_at_once():
