@@ -68,17 +68,16 @@ def _on_tiles(query: Tensor, key: Tensor, value: Tensor, dropout: float) -> bool
 
 @functools.lru_cache(maxsize=8)
 def _offsets(sizes: tuple[int, ...], device: torch.device) -> Tensor:
-    """(E + 1,): where each example begins and the last one ends. All layers of a step ask for the same, and training
-    may for what evaluation made."""
-    with torch.inference_mode(False):
-        return to_device(torch.tensor([0, *accumulate(sizes)]), device)
+    """(E + 1,): where each example begins and the last one ends. All layers of a step ask for the same."""
+    return to_device(torch.tensor([0, *accumulate(sizes)]), device)
 
 
 def _at_once(query, key, value, lengths, queries, scaling, dropout) -> Tensor:
     """PyTorch's attention of variable length, one launch for all examples, none of which may be empty or ask nothing.
 
     Nested tensors lead to it in every dtype and with dropout, and read nothing back from the device where they are told
-    the shortest and the longest. Their Python costs as much as some twenty launches: not for a single length.
+    the shortest and the longest. Their Python costs as much as some twenty launches: not for a single length. They
+    cannot be made in inference mode, where batches are sorted by length.
     """
 
     def nested(rows: Tensor, sizes: Sequence[int]) -> Tensor:
@@ -148,7 +147,8 @@ def packed_attention(
         raise ValueError(failure("packed_attention", "queries", wanted, list(queries)))
     scaling = D**-0.5 if scaling is None else scaling
     sizes = set(zip(queries, lengths, strict=True))
-    if query.device.type in GPUS and len(sizes) > 1 and min(sizes)[0] > 0:
+    several = len(sizes) > 1 and min(sizes)[0] > 0
+    if query.device.type in GPUS and several and not torch.is_inference_mode_enabled():
         return _at_once(query, key, value, lengths, queries, scaling, dropout)
     if not _on_tiles(query, key, value, dropout):
         return _by_length(query, key, value, lengths, queries, scaling, dropout)

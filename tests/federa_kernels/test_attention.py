@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 from torch.nn.functional import scaled_dot_product_attention
 
 from federa_kernels import load_extension, packed_attention
-from federa_kernels.attention import _at_once, _offsets
+from federa_kernels.attention import _at_once
 
 NAMES = ("out", "dq", "dk", "dv")
 
@@ -258,13 +258,16 @@ def check_dropout(function, lengths, device="cpu", dtype=torch.float32):
         )
 
 
-def test_what_evaluation_made_serves_training():
+@pytest.mark.parametrize("queries", [None, [1, 1, 1], [2, 0, 3]], ids=["own", "firsts", "none of one"])
+def test_the_way_of_a_gpu_and_evaluation_on_it(monkeypatch, queries):
     lengths = [4, 7, 2]
-    tensors = make(lengths, dtype=torch.float32)
+    tensors = make(lengths, dtype=torch.float32, queries=queries)
+    wanted = run(definition, tensors, lengths, 0.3, torch.float64, queries)
+    monkeypatch.setattr("federa_kernels.attention.GPUS", ("cpu",))
     with torch.inference_mode():
-        at_once(*tensors[:3], lengths, 0.3)
-    assert not _offsets(tuple(lengths), torch.device("cpu")).is_inference()
-    run(at_once, tensors, lengths, 0.3)
+        assert torch.allclose(packed(*tensors[:3], lengths, 0.3, queries).double(), wanted[0], atol=1e-6)
+    for own, want in zip(run(packed, tensors, lengths, 0.3, queries=queries), wanted, strict=True):
+        assert torch.allclose(own.double(), want, atol=1e-5)  # float32
 
 
 def test_dropout_at_once():
