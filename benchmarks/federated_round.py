@@ -11,16 +11,17 @@ out by length, so that all clients have as many tokens; turns repeat the same wo
   ... bf16        with a bfloat16 residual (fp32 activations); "... bf16 all": activations too (model.precision)
   floor           the same tokens through the frozen model and back to its embeddings: no adapter or optimiser
 
-Then the cohorts' curve, the same turns and their memory for cohorts of 1 to 32 clients, and the clients' curve, whole
-rounds of runs with 10 to 10,000 clients (round_clients.py). --part asks for one of the three.
+Then the cohorts' curve, the same turns and their memory for cohorts of 1 to 32 clients; the clients' curve, whole
+rounds of runs with 10 to 10,000 clients (round_clients.py); and, where ray is installed, "peft" as clients of Flower's
+simulation (round_flower.py). --part asks for one of the four.
 
---data names a folder with train.jsonl.gz and test.jsonl.gz of 20 Newsgroups. Flower's simulation, which needs ray, is
-not among the providers.
+--data names a folder with train.jsonl.gz and test.jsonl.gz of 20 Newsgroups.
 """
 
 import argparse
 import copy
 import math
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -33,15 +34,16 @@ from benchmarks import records as store
 from benchmarks.clock import eager, interleave, peak_bytes, percentiles
 from benchmarks.harness import arguments, prepare
 from benchmarks.round_clients import run_clients, shown
-from benchmarks.round_work import LR, STEPS, TARGETS, Work
+from benchmarks.round_flower import NO_RAY, Flower
+from benchmarks.round_work import BASE, STEPS, Work, make_base, peft_model, train_plain_client
 from federa.client import train_client
 from federa.cohort import memory_of_client, train_cohort
-from federa.data import Examples
 from federa.experiment import Experiment
 from federa.memory import reuse_memory
 from federa_kernels import FeDeRALinear
 
 SUBJECT = "federated_round"
+GROUPS = {"cpu": "MiniLM", "cuda": BASE}
 CASES = {  # tokens, batch, cohorts
     "cpu": ((256, 16, (2, 4)), (128, 16, (2, 4)), (128, 4, (4, 16))),
     "cuda": ((128, 16, (8, 32)),),
@@ -52,10 +54,8 @@ ROUNDS = (3, 7)
 
 def train_plainly(work: Work, model: nn.Module, grouped: bool, autocast: bool) -> Callable[[int], float]:
     """A turn of clients one after another in plain PyTorch; the mean of their losses."""
-    device, examples = work.experiment.learner.device, work.experiment.train
     trained = [p for p in model.parameters() if p.requires_grad]
     start = [p.detach().clone() for p in trained]
-    model.train()
 
     def turn(number: int) -> float:
         total = 0.0
@@ -63,26 +63,14 @@ def train_plainly(work: Work, model: nn.Module, grouped: bool, autocast: bool) -
             with torch.no_grad():
                 for parameter, value in zip(trained, start, strict=True):
                     parameter.copy_(value)
-            optimizer = torch.optim.AdamW(trained, lr=LR, weight_decay=0.0, fused=True)
-            for indices in work.batches(client, number, grouped):
-                batch = {name: tensor.to(device) for name, tensor in examples.batch(indices).items()}
-                with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
-                    loss = model(**batch).loss
-                loss.backward()
-                torch.nn.utils.clip_grad_norm_(trained, 1.0)
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
-                total += loss.item()
-        return total / (work.few * STEPS)
+            total += train_plain_client(work, model, client, number, grouped, autocast)
+        return total / work.few
 
     return turn
 
 
 def peft(work: Work, grouped: bool = False, autocast: bool = False) -> Callable[[int], float]:
-    from peft import LoraConfig, get_peft_model
-
-    settings = LoraConfig(r=8, lora_alpha=8, target_modules=TARGETS, task_type="SEQ_CLS", modules_to_save=["pooler"])
-    return train_plainly(work, get_peft_model(work.plain_model(), settings), grouped, autocast)
+    return train_plainly(work, peft_model(work), grouped, autocast)
 
 
 class PlainFeDeRA(nn.Module):
@@ -122,28 +110,48 @@ def ours(work: Work, cohort: int, experiment: Experiment) -> Callable[[int], flo
     return turn
 
 
-def floor(work: Work, grouped_examples: Examples) -> Callable[[int], float]:
-    """All clients' tokens, packed, through the frozen model forward and to the gradient of their embeddings."""
+def floor(work: Work, together: int = 1, dtype: torch.dtype = torch.float32) -> Callable[[int], float]:
+    """All clients' tokens, packed, through the frozen model forward and to the gradient of their embeddings; of so many
+    clients together."""
     from federa.packing import pack_encoder
     from federa_kernels import pack_frozen
 
-    model = work.plain_model().requires_grad_(False)
+    model = work.plain_model().requires_grad_(False).to(dtype)
     pack_frozen(model)
     pack_encoder(model)
-    embeddings, device = model.get_input_embeddings(), work.experiment.learner.device
+    embeddings, examples = model.get_input_embeddings(), work.experiment.train
 
     def turn(number: int) -> float:
-        for client in range(work.few):
-            for indices in work.batches(client, number, True):
-                batch = {name: tensor.to(device) for name, tensor in grouped_examples.batch(indices).items()}
+        clients = [work.batches(client, number, True) for client in range(max(together, work.few))]
+        for first in range(0, len(clients), together):
+            for indices in map(np.concatenate, zip(*clients[first : first + together], strict=True)):
+                batch = examples.batch_on(work.experiment.learner.device, indices)
                 embedded = embeddings(batch["input_ids"]).requires_grad_()
-                model(inputs_embeds=embedded, attention_mask=batch["attention_mask"]).logits.sum().backward()
+                mask, lengths = batch["attention_mask"], batch["lengths"]
+                model(inputs_embeds=embedded, attention_mask=mask, lengths=lengths).logits.sum().backward()
         return math.nan
 
     return turn
 
 
 def providers(work: Work, cohorts: Sequence[int]) -> Mapping[str, Callable[[int], float]]:
+    return (on_cuda if work.experiment.learner.device.type == "cuda" else on_cpu)(work, cohorts)
+
+
+def on_cuda(work: Work, cohorts: Sequence[int]) -> Mapping[str, Callable[[int], float]]:
+    narrow = work.make(method={"residual_dtype": "bfloat16"}, model={"precision": "bfloat16"})
+    most = max(cohorts)
+    return {
+        "peft": peft(work),
+        "peft bf16": peft(work, grouped=True, autocast=True),
+        "peft bf16 again": peft(work, grouped=True, autocast=True),
+        f"floor {most} bf16": floor(work, most, torch.bfloat16),
+        "alone bf16 all": ours(work, 1, narrow),
+        **{f"cohort {cohort} bf16 all": ours(work, cohort, narrow) for cohort in cohorts},
+    }
+
+
+def on_cpu(work: Work, cohorts: Sequence[int]) -> Mapping[str, Callable[[int], float]]:
     narrow = {"method": {"residual_dtype": "bfloat16"}}
     kinds = {
         "": work.experiment,
@@ -155,7 +163,7 @@ def providers(work: Work, cohorts: Sequence[int]) -> Mapping[str, Callable[[int]
         "peft again": peft(work),
         "peft bf16": peft(work, grouped=True, autocast=True),
         "plain": plain(work),
-        "floor": floor(work, work.experiment.train),
+        "floor": floor(work),
     }
     for suffix, experiment in kinds.items():
         found[f"alone{suffix}"] = ours(work, 1, experiment)
@@ -170,10 +178,19 @@ def curve(work: Work, cohorts: Sequence[int]) -> Mapping[str, Callable[[int], fl
     return found | {f"cohort {cohort}": ours(work, cohort, work.experiment) for cohort in cohorts}
 
 
+def simulated(work: Work, cohorts: Sequence[int]) -> Mapping[str, Callable[[int], float]]:
+    """PEFT in turn and in Flower, apart from the others, whom Ray's processes would disturb."""
+    return {"peft": peft(work), "flower": Flower(work)}
+
+
+PHASES = {"round": providers, "cohorts": curve, "flower": simulated}
+
+
 def samples_of(name: str, work: Work) -> int:
     """Of one turn of a provider."""
     words = name.split()
-    return work.batch * STEPS * (int(words[1]) if words[0] == "cohort" else work.few)
+    clients = int(words[1]) if words[1:] and words[1].isdigit() else work.clients if name == "flower" else work.few
+    return work.batch * STEPS * clients
 
 
 def judged(work: Work, turns: Mapping[str, Callable[[int], float]]) -> dict[str, str]:
@@ -186,16 +203,16 @@ def judged(work: Work, turns: Mapping[str, Callable[[int], float]]) -> dict[str,
         expected = model(**batch).loss.item()
     for name, turn in turns.items():
         loss = turn(0)
-        if name != "floor" and not 0.5 * expected < loss < 1.1 * expected:
+        if not name.startswith("floor") and not 0.5 * expected < loss < 1.1 * expected:
             wrong[name] = f"wrong: loss {loss:.4f} in the first steps, {expected:.4f} before them"
     return wrong
 
 
 def run_case(data: Path, sizes: Sequence[int], options: argparse.Namespace, phase: str = "round") -> list[dict]:
-    """A record for each provider: of the table ("round") or of the curve over cohorts ("cohorts")."""
+    """A record for each provider: of the table ("round"), of the curve over cohorts ("cohorts") or of "flower"."""
     tokens, batch, cohorts = sizes
-    work = Work(data, tokens, batch, clients := max(cohorts))
-    turns = (providers if phase == "round" else curve)(work, cohorts)
+    work = Work(data, tokens, batch, clients := max(cohorts), options.device)
+    turns = PHASES[phase](work, cohorts)
     wrong = judged(work, turns)
     runners = {
         name: eager({"round": lambda slot, turn=turn: turn(slot)}, range(1000), options.device)
@@ -203,7 +220,8 @@ def run_case(data: Path, sizes: Sequence[int], options: argparse.Namespace, phas
         if name not in wrong
     }
     times = interleave(runners, options.seconds, ROUNDS)
-    peaks = {name: peak_bytes({"turn": turns[name]}, 0, options.device, warm=True) for name in runners}
+    peaks = {name: peak_bytes({"turn": turns[name]}, 0, options.device, warm=True) for name in runners
+             if name != "flower"}  # fmt: skip
     environment, found = store.environment(options.device), []
     base = percentiles([row[0] for row in times["peft"]])[1] / samples_of("peft", work)
     for name in turns:
@@ -212,7 +230,7 @@ def run_case(data: Path, sizes: Sequence[int], options: argparse.Namespace, phas
         found.append(
             {
                 "subject": SUBJECT,
-                "group": "MiniLM",
+                "group": GROUPS[options.device],
                 "sizes": {"T": tokens, "B": batch, "C": clients},
                 "dtype": "bf16" if "bf16" in name else "fp32",
                 "provider": name,
@@ -229,26 +247,41 @@ def run_case(data: Path, sizes: Sequence[int], options: argparse.Namespace, phas
                 "environment": environment,
             }
         )
+        if isinstance(turns[name], Flower):
+            found[-1]["startup_seconds"] = float(f"{turns[name].startup:.3g}")  # no part of the turns
+            turns[name].close()
     return found
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = arguments(__doc__, SUBJECT)
-    parser.add_argument("--data", type=Path, required=True, help="folder of 20 Newsgroups")
-    parser.add_argument("--part", choices=("table", "cohorts", "clients"), help="that part alone")
+    parser.add_argument("--data", type=Path, help="folder of 20 Newsgroups; none on a GPU")
+    parser.add_argument("--part", choices=("table", "cohorts", "clients", "flower"), help="that part alone")
     options = prepare(parser, argv, seconds=30.0)
+    if (options.data is None) == (options.device == "cpu"):
+        parser.error("--data: must name a folder of 20 Newsgroups on a CPU, and is not taken on a GPU")
     reuse_memory()
     part, cases = options.part or ("table" if options.only else None), []
+    chosen = [sizes for sizes in CASES[options.device][-1 if options.quick else 0 :]
+              if options.only in (None, f"{sizes[0]}x{sizes[1]}")]  # fmt: skip
     if part in (None, "table"):
-        cases += [("round", sizes) for sizes in CASES[options.device][-1 if options.quick else 0 :]
-                  if options.only in (None, f"{sizes[0]}x{sizes[1]}")]  # fmt: skip
+        cases += [("round", sizes) for sizes in chosen]
     if part in (None, "cohorts"):
         tokens, batch, cohorts = CURVE
         cases.append(("cohorts", (tokens, batch, cohorts[:2] if options.quick else cohorts)))
-    for phase, sizes in cases:
-        report(run_case(options.data, sizes, options, phase), options)
-    if part in (None, "clients"):
-        report(run_clients(options.data, options), options)
+    if part in (None, "flower"):
+        if Flower.there():
+            cases += [("flower", sizes) for sizes in chosen]
+        else:
+            print(NO_RAY)
+    with tempfile.TemporaryDirectory() as folder:
+        data = options.data or Path(folder)
+        if options.data is None:
+            make_base(data, CASES["cuda"][0][0])
+        for phase, sizes in cases:
+            report(run_case(data, sizes, options, phase), options)
+        if part in (None, "clients"):
+            report(run_clients(data, options), options)
     return 0
 
 
@@ -264,6 +297,7 @@ def report(rows: Sequence[dict], options: argparse.Namespace) -> None:
             line = row["refused"]
         else:
             line = f"{row['samples_per_second']:8.1f} samples/s  {row['ratio']:5.2f} x peft"
+            line += f", started in {row['startup_seconds']:.0f} s" if "startup_seconds" in row else ""
         print(f"  {row['provider']:20} {line}{memory}", flush=True)
     if options.record:
         store.save(rows)

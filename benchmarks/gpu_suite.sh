@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, in one command of at most 9 minutes: correctness, compute-sanitizer, benchmarks, figures.
-#   benchmarks/gpu_suite.sh [--dry-run]
+# Everything that needs a GPU, in two commands of at most 9 minutes: correctness, compute-sanitizer, benchmarks, figures.
+#   benchmarks/gpu_suite.sh [--dry-run] [kernels|rounds]      the kernels by default, or whole federated rounds
 # Needs torch >= 2.11 with CUDA, triton, peft, matplotlib, pytest and hypothesis; no network. PYTHON names the
 # interpreter. A step that fails or runs past its limit stops no later one; the exit status is 1 if any did. Records go
 # to benchmarks/results/ and, with the figures and all output, to $OUT where that is set.
@@ -8,11 +8,13 @@ set -uo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
 dry=
-case "${1:-}" in
-  --dry-run) dry=1 ;;
-  "") ;;
-  *) echo "usage: benchmarks/gpu_suite.sh [--dry-run]" >&2; exit 2 ;;
+if [ "${1:-}" = --dry-run ]; then dry=1; shift; fi
+suite=${1:-kernels}
+case $suite in
+  kernels | rounds) ;;
+  *) echo "usage: benchmarks/gpu_suite.sh [--dry-run] [kernels|rounds]" >&2; exit 2 ;;
 esac
+part=$suite # that the next steps belong to
 export PYTHONUNBUFFERED=1
 sanitizer=$(command -v compute-sanitizer || find /usr/local -name compute-sanitizer -type f 2> /dev/null | head -n 1)
 out=${OUT:-$(mktemp -d)}
@@ -25,6 +27,7 @@ total=0
 step() {
   local name=$1 limit=$2 status=0 start=$SECONDS
   shift 2
+  if [ "$part" != "$suite" ]; then return; fi
   if [ -n "$dry" ]; then
     printf '%-13s %4d s  %s\n' "$name" "$limit" "$*"
     total=$((total + limit))
@@ -45,6 +48,7 @@ step() {
 
 # skip NAME REASON
 skip() {
+  if [ "$part" != "$suite" ]; then return; fi
   if [ -n "$dry" ]; then printf '%-13s skipped: %s\n' "$1" "$2"; else results+=("skip   $1: $2"); fi
 }
 
@@ -54,6 +58,10 @@ if command -v nvcc > /dev/null && "$python" -c "import pybind11" 2> /dev/null; t
 else
   skip build "nvcc or pybind11 is not installed; Triton needs neither"
 fi
+part=rounds
+step rounds_right 90 "$python" -m pytest -q --maxfail=20 --no-header -p no:cacheprovider -m gpu tests/federa tests/federa_kernels/test_attention.py
+step rounds 300 "$python" -m benchmarks federated_round --device cuda --record --part table
+part=kernels
 step correctness 130 "$python" -m pytest -q --maxfail=20 --no-header -p no:cacheprovider -m gpu tests/federa_kernels tests/benchmarks
 if [ -n "$sanitizer" ]; then # it slows a test tenfold and more: the small ones
   step sanitizer 45 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 "$sanitizer" --tool memcheck --error-exitcode 9 --target-processes all \
@@ -71,6 +79,7 @@ if [ -e benchmarks/truncated_svd.py ]; then
 else
   skip truncated_svd "benchmarks/truncated_svd.py is not there"
 fi
+part=$suite
 step plot 15 "$python" -m benchmarks plot
 step targets 10 "$python" -m benchmarks targets
 if [ -n "$dry" ]; then

@@ -11,6 +11,7 @@ Row = Mapping[str, Any]
 HEADS = {
     "peft": "transformers and PEFT's LoRA, clients in turn, batches at random",
     "peft bf16": "the same, autocast bf16, batches of like length",
+    "flower": "PEFT's clients in Flower's simulation, one on each core",
     "plain": "FeDeRA in plain PyTorch",
     "alone": "federa, clients in turn",
     "cohort": "federa, the best cohort",
@@ -19,6 +20,7 @@ HEADS = {
     "alone bf16 all": "federa in turn, bf16 residual and activations",
     "cohort bf16 all": "federa, cohort, bf16 residual and activations",
     "floor": "frozen encoder alone, forward and back to its inputs",
+    "floor bf16": "frozen encoder alone in bf16, all clients together",
 }
 
 
@@ -34,11 +36,17 @@ class Goal(NamedTuple):
 
 
 FP32, BF16 = ("alone", "cohort"), ("alone bf16", "cohort bf16", "alone bf16 all", "cohort bf16 all")
-GOALS = (
+TOGETHER = ("cohort bf16 all",)
+CPU_GOALS = (
     Goal("a round on the CPU, fp32, against PEFT", FP32, "peft", 2.5, 3.2),
     Goal("a round on the CPU, bf16 residual, against PEFT", BF16, "peft", 4.0, 6.0),
     Goal("a round on the CPU, our best against PEFT's best", FP32 + BF16, "peft bf16", 1.25, 1.7),
     Goal("a cohort on the CPU against clients alone, 4 a batch", ("cohort",), "alone", 1.15, 1.4, batch=4),
+)
+GPU_GOALS = (
+    Goal("32 clients on the H200 together against alone, bf16", TOGETHER, "alone bf16 all", 4.0, 8.0),
+    Goal("32 clients on the H200 together against PEFT in bf16", TOGETHER, "peft bf16", 6.0, 10.0),
+    Goal("32 clients on the H200 together against the frozen encoder in bf16", TOGETHER, "floor bf16", 0.7, 0.7),
 )
 
 
@@ -61,7 +69,8 @@ def kind_of(provider: str) -> str:
 def cases(records: Sequence[Row]) -> dict[tuple[int, int, int], dict[str, Row]]:
     """(batch, tokens, clients) -> the fastest record of each kind, of the machine and threads measured last."""
     found: dict[tuple[int, int, int], dict[str, Row]] = {}
-    for row in of(records, "round"):
+    simulated = [row for row in of(records, "flower") if row["provider"] == "flower"]
+    for row in [*of(records, "round"), *simulated]:
         if row["samples_per_second"] is not None:
             here = found.setdefault((row["sizes"]["B"], row["sizes"]["T"], row["sizes"]["C"]), {})
             kind = kind_of(row["provider"])
@@ -82,9 +91,16 @@ def round_table(records: Sequence[Row]) -> str:
         if any(rows):
             lines.append(f"| {label} | " + " | ".join(map(_cell, rows)) + " |")
     environment = max((row["environment"] for row in of(records, "round")), key=lambda facts: facts["utc"])
+    if environment["kind"] == "cuda":
+        model, place = "A random model of RoBERTa-base's size, texts as long as may be", environment["device"]
+    else:
+        model, place = (
+            "all-MiniLM-L6-v2 on 20 Newsgroups",
+            f"{environment['threads']} CPU threads: {environment['device']}",
+        )
     facts = (
-        f"all-MiniLM-L6-v2 on 20 Newsgroups, rank 8 on all linear layers, four local steps a client, on "
-        f"{environment['threads']} CPU threads: {environment['device']}; torch {environment['versions']['torch']}, "
+        f"{model}, rank 8 on all linear layers, four local steps a client, on {place}; "
+        f"torch {environment['versions']['torch']}, "
         f"peft {environment['versions'].get('peft', 'absent')}. Medians of rounds taken in turns. "
         f"Commit {environment['commit']}, {environment['utc'][:10]}."
     )
@@ -99,9 +115,14 @@ def _cell(row: Row | None) -> str:
 
 
 def round_verdicts(records: Sequence[Row]) -> list[tuple[bool | None, str]]:
+    """The goals for a CPU."""
+    return verdicts_of(CPU_GOALS, records) + _run_verdicts({r["sizes"]["clients"]: r for r in of(records, "clients")})
+
+
+def verdicts_of(goals: Sequence[Goal], records: Sequence[Row]) -> list[tuple[bool | None, str]]:
     """Each goal in each case of its batch size: whether it is met (None: not measured) and a line."""
     verdicts: list[tuple[bool | None, str]] = []
-    for goal in GOALS:
+    for goal in goals:
         here = {
             case: rows
             for case, rows in cases(records).items()
@@ -117,7 +138,7 @@ def round_verdicts(records: Sequence[Row]) -> list[tuple[bool | None, str]]:
                 f"{goal.name}, {batch} x {tokens}: {ratio:.2f} (must {goal.must}, aim {goal.aim}): {best['provider']}"
             )
             verdicts.append((met, f"{'PASS' if met else 'FAIL'}     {line}"))
-    return verdicts + _run_verdicts({row["sizes"]["clients"]: row for row in of(records, "clients")})
+    return verdicts
 
 
 def _run_verdicts(runs: Mapping[int, Row]) -> list[tuple[bool | None, str]]:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from benchmarks import records as store
 from benchmarks.clock import geometric_mean
-from benchmarks.round_tables import round_verdicts
+from benchmarks.round_tables import GPU_GOALS, round_verdicts, verdicts_of
 
 Row = Mapping[str, Any]
 
@@ -161,6 +161,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         verdict for goal in SPEEDS for verdict in speed_verdicts(goal, store.read(store.path_of(goal.subject, "cpu")))
     ]
     found += round_verdicts(store.read(store.path_of("federated_round", "cpu")))
+    gpu = store.read(store.path_of("federated_round", "cuda"))
+    found += verdicts_of(GPU_GOALS, [row for row in gpu if "H200" in row["environment"]["device"]])
     print(*(line for _, line in found), sep="\n")
     return 1 if any(met is False for met, _ in found) else 0
 

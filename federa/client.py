@@ -49,12 +49,13 @@ def train_client(
     trained = learner.open(round)
     total = local_steps(len(indices), config.client)
     optimizer = LocalOptimizer(trained, learner.head, config, round, total, correction)
-    loss, seen = 0.0, 0
+    losses: list[torch.Tensor] = []
+    seen = 0
     for step, batches in enumerate(micro_batches(examples, indices, client, round, config, total)):
-        loss += _accumulate_gradients(learner, examples, batches, step_keys(config, round, [client], step))
+        losses += _accumulate_gradients(learner, examples, batches, step_keys(config, round, [client], step))
         seen += _units(examples, batches)
         optimizer.step()
-    mean_loss = loss / seen
+    mean_loss = sum(torch.stack(losses).tolist()) / seen  # read once, so that no step waits for its device
     tensors = {name: parameter.detach().to("cpu", copy=True) for name, parameter in trained.items()}
     return ClientUpdate(client, len(indices), total, tensors, {"loss": mean_loss}, math.isfinite(mean_loss))
 
@@ -108,16 +109,16 @@ class LocalOptimizer:
 
 def _accumulate_gradients(
     learner: Learner, examples: Examples, batches: list[np.ndarray], keys: Sequence[int]
-) -> float:
-    """Gradients of the mean loss over the units of all `batches`; returns the sum of their losses."""
-    units, total = _units(examples, batches), 0.0
+) -> list[torch.Tensor]:
+    """Gradients of the mean loss over the units of all `batches`; returns the sum of each one's losses."""
+    units, sums = _units(examples, batches), []
     for number, indices in enumerate(batches):
-        batch = {name: tensor.to(learner.device) for name, tensor in examples.batch(indices).items()}
+        batch = examples.batch_on(learner.device, indices)
         with learner.dropout.counting(keys, number, [len(indices)], examples.lengths[indices]):
             loss = learner.task.losses(learner.model, batch).sum()
         (loss / units).backward()
-        total += loss.item()
-    return total
+        sums.append(loss.detach())
+    return sums
 
 
 def _units(examples: Examples, batches: list[np.ndarray]) -> int:

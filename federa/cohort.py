@@ -23,7 +23,7 @@ from federa.dropout import step_keys
 from federa.methods import Learner
 from federa.models import backbone_of
 from federa.positions import memory_of_positions, positions_by_client
-from federa_kernels import FeDeRALinear, Segments, lora_linear_clients
+from federa_kernels import FeDeRALinear, Segments, lora_linear_clients, to_device
 
 if TYPE_CHECKING:
     from federa.checkpoint import State
@@ -190,7 +190,8 @@ def train_cohort(
     device, C = learner.device, len(work)
     learner.load(start)
     begins = [learner.start_of(start, work[position][1]) for position in order]
-    stacks = {name: torch.stack([begin[name] for begin in begins]).to(device) for name in learner.open(round)}
+    stacks = {name: torch.stack([begin[name] for begin in begins]) for name in learner.open(round)}
+    stacks = {name: to_device(stack, device) for name, stack in stacks.items()}
     own = [{name: nn.Parameter(stack[place]) for name, stack in stacks.items()} for place in range(C)]
     optimizers = [
         LocalOptimizer(
@@ -221,10 +222,10 @@ def train_cohort(
             for optimizer in optimizers[:active]:
                 optimizer.step()
     means = (loss.cpu().numpy() / seen).tolist()
-    updates = {}
+    updates, found = {}, {name: stack.cpu() for name, stack in stacks.items()}
     for place, position in enumerate(order):
         steps, client, indices = work[position]
-        tensors = {name: stack[place].to("cpu", copy=True) for name, stack in stacks.items()}
+        tensors = {name: stack[place].clone() for name, stack in found.items()}
         mean = means[place]
         updates[position] = ClientUpdate(client, len(indices), steps, tensors, {"loss": mean}, math.isfinite(mean))
     return [updates[position] for position in range(C)]
@@ -247,11 +248,11 @@ def _backward(
     indices = np.concatenate(micro)
     lengths = examples.lengths[indices]
     rows.set(counts, lengths)
-    batch = {name: tensor.to(learner.device) for name, tensor in examples.batch(indices).items()}
+    batch = examples.batch_on(learner.device, indices)
     with learner.dropout.counting(keys, number, counts, lengths):
         each = learner.task.losses(learner.model, batch)
-    shares = torch.tensor(np.repeat(1 / np.array(units), counts), dtype=each.dtype, device=each.device)
-    (each * shares).sum().backward()
+    shares = torch.tensor(np.repeat(1 / np.array(units), counts), dtype=each.dtype)
+    (each * to_device(shares, each.device)).sum().backward()
     return torch.stack([part.sum() for part in each.detach().split(counts)]).double()
 
 

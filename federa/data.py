@@ -179,6 +179,13 @@ class Examples:
             batch["token_type_ids"] = padded(rows.types, 0)
         return {name: torch.from_numpy(array) for name, array in batch.items()}
 
+    def batch_on(self, device: "torch.device", indices: np.ndarray) -> dict[str, Any]:
+        """`batch` on a device, which nobody waits for, and the examples' `lengths`, a tuple that stays on the host."""
+        from federa_kernels import to_device
+
+        batch = {name: to_device(tensor, device) for name, tensor in self.batch(indices).items()}
+        return batch | {"lengths": tuple(self.lengths[indices].tolist())}
+
 
 def validation_split(size: int, fraction: float, labels: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Sorted (train, validation) indices: every label gives its share, and keeps at least one example for training."""

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from federa.config import Config
 from federa.randomness import Purpose, torch_seed
+from federa_kernels import to_device
 
 _GAMMA = 0x9E3779B97F4A7C15 - 2**64
 _FACTORS = {30: 0xBF58476D1CE4E5B9 - 2**64, 27: 0x94D049BB133111EB - 2**64, 31: 1}  # by the shift before
@@ -58,10 +59,12 @@ class Counters:
         padded = starts[:, None] + _GAMMA * torch.arange(int(lengths.max()))
         real = torch.arange(padded.shape[1]) < torch.from_numpy(lengths)[:, None]
         streams = [starts, starts.unsqueeze(0), padded, padded[real].unsqueeze(0)]
-        with torch.random.fork_rng([self._device] if self._device.type == "cuda" else []):
-            if len(keys) == 1:
+        alone, devices = len(keys) == 1, [self._device] if self._device.type == "cuda" else []
+        with torch.random.fork_rng(devices, enabled=alone):
+            if alone:
                 torch.manual_seed((keys[0] + batch) % 2**63)
-            self._streams = {tuple(seeds.shape): _mixed(seeds.clone()).to(self._device) for seeds in streams}
+            mixed = {tuple(seeds.shape): _mixed(seeds.clone()) for seeds in streams}
+            self._streams = {shape: to_device(seeds, self._device) for shape, seeds in mixed.items()}
             self._clients, self._calls = clients, 0
             try:
                 yield
@@ -73,7 +76,8 @@ class Counters:
         running batch's. copies: of rows (C, 1, n), or (n,) of an only client, that each client has its own of."""
         if copies and len(self._clients):
             places = torch.arange(shape[-2]) + (_COPIES << 20)
-            seeds = _mixed(self._clients[:, None] + _GAMMA * places).view(shape[:-1]).to(self._device)
+            seeds = _mixed(self._clients[:, None] + _GAMMA * places).view(shape[:-1])
+            seeds = to_device(seeds, self._device)
         else:
             seeds = self._streams.get(tuple(shape[:-1]))
         if seeds is None:

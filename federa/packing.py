@@ -9,13 +9,14 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from federa.models import backbone_of
-from federa_kernels import packed_attention
+from federa_kernels import packed_attention, to_device
 
 NAME = "federa_packed"
 # model_type -> the child of the backbone that holds all of its layers and takes attention_mask
@@ -43,14 +44,18 @@ class Packing:
     padded: tuple[int, int]
 
     @classmethod
-    def of(cls, mask: Tensor) -> "Packing":
-        """mask (E, T) bool, True for real tokens, which stand before the padding."""
-        return cls(mask.flatten().nonzero().squeeze(1), tuple(mask.sum(1).tolist()), tuple(mask.shape))
+    def of(cls, mask: Tensor, lengths: tuple[int, ...] | None = None) -> "Packing":
+        """mask (E, T) bool, True for real tokens, which stand before the padding; without `lengths` it is read, and the
+        host waits for its device."""
+        if lengths is None:
+            return cls(mask.flatten().nonzero().squeeze(1), tuple(mask.sum(1).tolist()), tuple(mask.shape))
+        real = np.arange(mask.shape[1]) < np.array(lengths)[:, None]
+        return cls(to_device(torch.from_numpy(np.flatnonzero(real)), mask.device), lengths, tuple(mask.shape))
 
     @cached_property
     def firsts(self) -> Tensor:
         """(E,) places of the first tokens among the M; no example may be empty."""
-        return torch.tensor([0, *accumulate(self.lengths)][:-1], device=self.places.device)
+        return to_device(torch.tensor([0, *accumulate(self.lengths)][:-1]), self.places.device)
 
     def pack(self, padded: Tensor) -> Tensor:
         """(E, T, K) -> (1, M, K)."""
@@ -140,7 +145,7 @@ def _enter(encoder: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
     mask = kwargs.get("attention_mask")
     if mask is None:
         mask = hidden.new_ones(hidden.shape[:2], dtype=torch.bool)
-    packing = Packing.of(mask)
+    packing = Packing.of(mask, kwargs.pop("lengths", None))
     return (packing.pack(hidden), *others), kwargs | {"attention_mask": packing}
 
 

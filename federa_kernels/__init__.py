@@ -16,6 +16,7 @@ accelerate_peft   lora_linear under the LoRA of a peft model, an AccelerateRepor
 pack_frozen       frozen nn.Linears without an adapter over packed forms, too
 explain           which path each layer takes, and why
 load_extension    the compiled module or None; why_no_extension tells why
+to_device         a tensor of the host on a device, which the host does not wait for
 """
 
 from ._extension import load_extension, why_no_extension
@@ -27,6 +28,7 @@ from .lora_linear import Segments, lora_linear, lora_linear_clients, lora_linear
 from .peft import AccelerateReport, accelerate_peft, restore_peft
 from .projections import FuseReport, fuse_projections
 from .replace import ReplaceReport, replace_linears
+from .transfer import to_device
 from .truncated_svd import TruncatedSVD, factored_svd, svd_memory_needed, truncated_svd
 
 __all__ = [
@@ -54,6 +56,7 @@ __all__ = [
     "replace_linears",
     "restore_peft",
     "svd_memory_needed",
+    "to_device",
     "truncated_svd",
     "why_no_extension",
 ]

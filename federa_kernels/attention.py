@@ -1,5 +1,6 @@
 """Attention within each of many examples whose tokens stand one after another, without padding."""
 
+import functools
 from collections.abc import Sequence
 from itertools import accumulate, groupby
 
@@ -9,6 +10,7 @@ from torch.autograd.function import once_differentiable
 
 from ._checks import check_shape, failure
 from ._extension import load_extension
+from .transfer import GPUS, to_device
 
 KINDS = {torch.float32: "f", torch.bfloat16: "b"}
 
@@ -62,6 +64,30 @@ def _on_tiles(query: Tensor, key: Tensor, value: Tensor, dropout: float) -> bool
         and hasattr(extension, "attention_available")
         and extension.attention_available(query.shape[2])
     )
+
+
+@functools.lru_cache(maxsize=8)
+def _offsets(sizes: tuple[int, ...], device: torch.device) -> Tensor:
+    """(E + 1,): where each example begins and the last one ends. All layers of a step ask for the same."""
+    return to_device(torch.tensor([0, *accumulate(sizes)]), device)
+
+
+def _at_once(query, key, value, lengths, queries, scaling, dropout) -> Tensor:
+    """PyTorch's attention of variable length, one launch for all examples, none of which may be empty or ask nothing.
+
+    Nested tensors lead to it in every dtype and with dropout, and read nothing back from the device where they are told
+    the shortest and the longest. Their Python costs as much as some twenty launches: not for a single length. They
+    cannot be made in inference mode, where batches are sorted by length.
+    """
+
+    def nested(rows: Tensor, sizes: Sequence[int]) -> Tensor:
+        bounds = {"min_seqlen": min(sizes), "max_seqlen": max(sizes)}
+        return torch.nested.nested_tensor_from_jagged(rows, _offsets(tuple(sizes), rows.device), **bounds)
+
+    parts = (nested(*part).transpose(1, 2) for part in ((query, queries), (key, lengths), (value, lengths)))
+    with torch.autocast(query.device.type, enabled=False):
+        out = nn.functional.scaled_dot_product_attention(*parts, dropout_p=dropout, scale=scaling)
+    return out.transpose(1, 2).values()
 
 
 def _by_length(query, key, value, lengths, queries, scaling, dropout) -> Tensor:
@@ -120,6 +146,10 @@ def packed_attention(
         wanted = f"be one for each of lengths, 0 where that is 0, and sum to Q = {Q}"
         raise ValueError(failure("packed_attention", "queries", wanted, list(queries)))
     scaling = D**-0.5 if scaling is None else scaling
+    sizes = set(zip(queries, lengths, strict=True))
+    several = len(sizes) > 1 and min(sizes)[0] > 0
+    if query.device.type in GPUS and several and not torch.is_inference_mode_enabled():
+        return _at_once(query, key, value, lengths, queries, scaling, dropout)
     if not _on_tiles(query, key, value, dropout):
         return _by_length(query, key, value, lengths, queries, scaling, dropout)
     offsets = torch.tensor([[0, *accumulate(lengths)], [0, *accumulate(queries)]], dtype=torch.int64)

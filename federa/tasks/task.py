@@ -16,7 +16,7 @@ from federa.errors import InputError
 from federa.metrics import METRICS, Metric
 from federa.models import backbone_of, mean_pool
 
-Batch = Mapping[str, torch.Tensor]
+Batch = Mapping[str, Any]  # tensors, and on a device `lengths`
 
 
 @dataclass(frozen=True)
@@ -127,9 +127,14 @@ def objects(values: Sequence[Any]) -> np.ndarray:
     return array
 
 
-def inputs_of(model: Any, batch: Batch) -> dict[str, torch.Tensor]:
-    """What a model takes of a batch: segment ids only where it has embeddings for two segments."""
+def inputs_of(model: Any, batch: Batch) -> dict[str, Any]:
+    """What a model takes of a batch: segment ids only where it has embeddings for two segments, lengths where it packs
+    tokens."""
+    from federa.packing import is_packed  # needs transformers, which the model brings along
+
     names = ["input_ids", "attention_mask"]
+    if "lengths" in batch and is_packed(model):
+        names.append("lengths")
     if "token_type_ids" in batch and getattr(model.config, "type_vocab_size", 0) > 1:
         names.append("token_type_ids")
     return {name: batch[name] for name in names}
@@ -184,4 +189,4 @@ def longest_first(
     order = np.argsort(-examples.lengths, kind="stable")
     for start in range(0, len(order), batch_size):
         indices = order[start : start + batch_size]
-        yield indices, {name: tensor.to(device) for name, tensor in examples.batch(indices).items()}
+        yield indices, examples.batch_on(device, indices)

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from .._checks import failure
+from ..transfer import to_device
 
 ALL = 2**31 - 1  # a rank above every other: no component is left out
 FLOAT32_MAX = torch.finfo(torch.float32).max
@@ -66,14 +67,14 @@ class Segments:
         ranks = None if ranks is None else _listed(ranks)
         if ranks is not None and (len(ranks) != len(sizes) or not _integers(ranks, least=1)):
             raise ValueError(failure("Segments", "ranks", f"be C={len(sizes)} integers >= 1", ranks[:8]))
-        offsets = [0, *accumulate(sizes)]
-        return cls(
-            torch.tensor(offsets, dtype=torch.int32, device=device),
-            torch.tensor(scalings, dtype=torch.float32, device=device),
-            torch.tensor(ranks or [ALL] * len(sizes), dtype=torch.int32, device=device),
+        segments = cls(
+            torch.tensor([0, *accumulate(sizes)], dtype=torch.int32),
+            torch.tensor(scalings, dtype=torch.float32),
+            torch.tensor(ranks or [ALL] * len(sizes), dtype=torch.int32),
             sizes,
             None if ranks is None else max(ranks),
         )
+        return segments if device is None else segments.to(device)
 
     @classmethod
     def from_offsets(cls, offsets: Sequence[int], **others) -> "Segments":
@@ -84,7 +85,7 @@ class Segments:
         return cls.from_sizes([b - a for a, b in pairwise(offsets)], **others)
 
     def to(self, device: torch.device | str) -> "Segments":
-        tensors = (t.to(device) for t in (self.offsets, self.scalings, self.ranks))
+        tensors = (to_device(t, device) for t in (self.offsets, self.scalings, self.ranks))
         return Segments(*tensors, self.sizes, self.max_rank)
 
     def __len__(self) -> int:

@@ -5,6 +5,7 @@ from hypothesis import strategies as st
 from torch.nn.functional import scaled_dot_product_attention
 
 from federa_kernels import load_extension, packed_attention
+from federa_kernels.attention import _at_once
 
 NAMES = ("out", "dq", "dk", "dv")
 
@@ -44,6 +45,15 @@ def plain(query, key, value, lengths, scaling, queries=None):
 
 def packed(query, key, value, lengths, scaling, queries=None):
     return packed_attention(query, key, value, lengths, scaling, queries=queries)
+
+
+def at_once(query, key, value, lengths, scaling, queries=None, dropout=0.0):
+    """What a GPU runs, here by PyTorch's own attention of nested tensors for the CPU."""
+    return _at_once(query, key, value, lengths, lengths if queries is None else queries, scaling, dropout)
+
+
+def packed_with_dropout(query, key, value, lengths, scaling, dropout=0.0):
+    return packed_attention(query, key, value, lengths, scaling, dropout)
 
 
 def run(function, tensors, lengths, scaling, dtype=None, queries=None):
@@ -191,3 +201,91 @@ def test_errors_name_the_argument(change, message):
     arguments = {name: torch.zeros(7, 2, 32) for name in ("query", "key", "value")} | {"lengths": [3, 4]} | change
     with pytest.raises(ValueError, match=message):
         packed_attention(**arguments)
+
+
+@given(
+    sizes=st.lists(st.tuples(st.integers(1, 40), st.integers(1, 40)), min_size=1, max_size=5),
+    own=st.booleans(),
+    H=st.integers(1, 3),
+    D=st.sampled_from((8, 24)),
+    dtype=st.sampled_from((*DTYPES, torch.float64)),
+    seed=st.integers(0, 2**31),
+)
+@settings(max_examples=40, deadline=None)
+def test_all_lengths_at_once(sizes, own, H, D, dtype, seed):
+    """The way of a GPU; fewer and more queries than tokens."""
+    lengths = [length for length, _ in sizes]
+    queries = None if own else [count for _, count in sizes]
+    check_at_once(at_once, lengths, queries, H, D, dtype, seed)
+
+
+def check_at_once(function, lengths, queries, H, D, dtype, seed, device="cpu"):
+    tensors, scaling = make(lengths, H, D, dtype, seed, queries=queries), D**-0.5
+    exact = run(definition, tensors, lengths, scaling, torch.float64, queries)
+    there = [tensor.to(device) for tensor in tensors]
+    expected, found = (
+        [tensor.cpu() for tensor in run(one, there, lengths, scaling, queries=queries)] for one in (plain, function)
+    )
+    # of sums that cancel
+    rounding = 4 * torch.finfo(torch.promote_types(dtype, torch.float32)).eps * max(float(e.norm()) for e in exact)
+    for name, own, want, theirs in zip(NAMES, found, exact, errors(expected, exact), strict=True):
+        assert own.dtype == dtype
+        allowed = max(2 * theirs, torch.finfo(dtype).eps) * float(want.norm()) + rounding
+        assert float((own.double() - want).norm()) <= allowed, name
+
+
+def check_dropout(function, lengths, device="cpu", dtype=torch.float32):
+    """With the identity for values the result is the probabilities, p / (1 - rate) or nothing, and dv is theirs."""
+    rate, H, D = 0.4, 2, 32
+    query, key, _, d_out = (tensor.to(device) for tensor in make(lengths, H, D, dtype))
+    value = torch.cat([torch.eye(length, D) for length in lengths])[:, None].repeat(1, H, 1).to(device, dtype)
+    value.requires_grad_()
+    whole = function(query, key, value, lengths, 0.3).detach()
+    torch.manual_seed(0)
+    dropped = function(query, key, value, lengths, 0.3, dropout=rate)
+    kept = dropped.detach() != 0
+    share = float(kept.sum() / (whole != 0).sum())
+    assert abs(share - (1 - rate)) < 0.05
+    bits = 8 * torch.finfo(dtype).eps
+    assert torch.allclose(dropped.detach()[kept], whole[kept] / (1 - rate), rtol=bits)
+    dropped.backward(d_out)
+    probabilities, begin = dropped.detach().double(), 0
+    for length in lengths:
+        rows = slice(begin, begin := begin + length)
+        wanted = torch.einsum("qhk,qhd->khd", probabilities[rows][..., :length], d_out[rows].double())
+        assert torch.allclose(
+            value.grad[rows].double(), wanted, rtol=1e-2 if dtype != torch.float32 else 1e-4, atol=bits
+        )
+
+
+@pytest.mark.parametrize("queries", [None, [1, 1, 1], [2, 0, 3]], ids=["own", "firsts", "none of one"])
+def test_the_way_of_a_gpu_and_evaluation_on_it(monkeypatch, queries):
+    lengths = [4, 7, 2]
+    tensors = make(lengths, dtype=torch.float32, queries=queries)
+    wanted = run(definition, tensors, lengths, 0.3, torch.float64, queries)
+    monkeypatch.setattr("federa_kernels.attention.GPUS", ("cpu",))
+    with torch.inference_mode():
+        assert torch.allclose(packed(*tensors[:3], lengths, 0.3, queries).double(), wanted[0], atol=1e-6)
+    for own, want in zip(run(packed, tensors, lengths, 0.3, queries=queries), wanted, strict=True):
+        assert torch.allclose(own.double(), want, atol=1e-5)  # float32
+
+
+def test_dropout_at_once():
+    check_dropout(at_once, [32, 30, 32, 7, 32])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("queries", [None, [1, 1, 1, 1], [5, 60, 2, 1]], ids=["own", "firsts", "some"])
+@pytest.mark.parametrize("D", [32, 64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_on_a_gpu(dtype, D, queries):
+    if not torch.cuda.is_available():
+        pytest.skip("no GPU")
+    lengths = [33, 5, 128, 64]
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = False
+    try:
+        check_at_once(packed, lengths, queries, 3, D, dtype, 0, "cuda")
+        check_dropout(packed_with_dropout, [32, 30, 32, 7, 32], "cuda", dtype)
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
