@@ -1,7 +1,8 @@
 """python -m benchmarks SUBJECT [options]: hands over to the main(argv) of benchmarks/SUBJECT.py.
 
-Subjects: lora_linear, lora_linear_clients, truncated_svd, federated_round, compile_check; targets holds the records
-against the goals; plot writes the README's tables and the figures.
+Subjects: lora_linear, lora_linear_clients, truncated_svd, federated_round, compile_check; dispatch measures which
+kernels a GPU takes and writes their table; targets holds the records against the goals; plot writes the README's tables
+and the figures.
 """
 
 import importlib

@@ -6,7 +6,9 @@ Triton kernels are compiled just as their launchers launch them, which run here 
 the tiles that a few usual layers get, most of them on Hopper; --all takes every tile with ranks 16, 64 and 128, for one
 adapter, many clients and shared inputs. Files of csrc/cuda are compiled where nvcc is found. It fails on a spill, on
 more shared memory than the GPU has, and on a half-precision product that runs off the tensor cores (on Hopper: HGMMA
-from Triton, HMMA from csrc/cuda; a file named _sm90 is Hopper's alone and must have HGMMA and copies by TMA).
+from Triton, HMMA from csrc/cuda; a file named _sm90 is Hopper's alone and must have HGMMA and copies by TMA). Kernels
+of lora_linear_mma.cu, which begin beside each other from sm_90 on, must let the next begin and wait there, and have
+neither instruction below.
 """
 
 import argparse
@@ -44,7 +46,8 @@ SHARED_LIMIT = {80: 166_912, 89: 101_376, 90: 232_448, 100: 232_448}  # bytes a 
 TENSOR_CORES = {80: "HMMA", 89: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}  # the last is how SASS writes tcgen05.mma
 PRODUCTS = re.compile(r"\b(down|gemm|columns)_kernel<")  # of csrc/cuda, in mma.sync on every GPU
 HOPPER_PRODUCTS = re.compile(r"\bgemm_sm90_kernel<")
-MMA = re.compile(r"\b(HMMA|HGMMA|UTC\w*MMA|UTMALDG)\b")  # the last copies tiles
+FOLLOWING, FOLLOW = "lora_linear_mma.cu", ("PREEXIT", "ACQBULK")  # how SASS writes the two griddepcontrol
+MMA = re.compile(rf"\b(HMMA|HGMMA|UTC\w*MMA|UTMALDG|{'|'.join(FOLLOW)})\b")  # UTMALDG copies tiles
 POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int32: "*i32"}
 
 
@@ -133,6 +136,9 @@ class Compiled:
             found.append("has no HMMA")
         if HOPPER_PRODUCTS.match(self.kernel):
             found += [f"has no {name}" for name in ("HGMMA", "UTMALDG") if not self.mma.get(name)]
+        if self.case == FOLLOWING:
+            found += [f"has no {name}" for name in FOLLOW if self.arch >= 90 and not self.mma.get(name)]
+            found += [f"has {name}" for name in FOLLOW if self.arch < 90 and self.mma.get(name)]
         return found
 
 
@@ -152,7 +158,7 @@ def launches(case: Case, arch: int, tiles: Tiles | None = None) -> list[Launch]:
     def record(kernel: Any, grid: tuple, tile: Tile, *arguments: Any, **constants: Any) -> None:
         found.append(Launch(kernel, tile, arguments, constants))
 
-    with mock.patch.multiple(launch, _launch=record, _arch=lambda device: arch):
+    with mock.patch.multiple(launch, _launch=record, _arch=lambda device: arch, _kernels="triton"):
         if case.form == "lora_linear":
             launch.launch_lora_linear_fwd(x, weight, A, B, bias, 0.5, tiles=tiles)
             needs = [True, False, True, True, False]

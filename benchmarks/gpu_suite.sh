@@ -18,6 +18,7 @@ part=$suite # that the next steps belong to
 export PYTHONUNBUFFERED=1
 sanitizer=$(command -v compute-sanitizer || find /usr/local -name compute-sanitizer -type f 2> /dev/null | head -n 1)
 out=${OUT:-$(mktemp -d)}
+table=federa_kernels/lora_linear/dispatch.json
 results=()
 failed=0
 total=0
@@ -36,7 +37,7 @@ step() {
   timeout --kill-after=5 "$limit" "$@" > "$out/step.log" 2>&1 || status=$?
   tail -n 12 "$out/step.log"
   cat "$out/step.log" >> "$out/gpu_suite.log"
-  cp benchmarks/results/*-cuda.jsonl "$out" 2> /dev/null # at once: a later step may be the last
+  cp benchmarks/results/*-cuda.jsonl "$table" "$out" 2> /dev/null # at once: a later step may be the last
   if [ "$status" -ne 0 ]; then failed=1; fi
   case $status in
     0) results+=("ok     $name $((SECONDS - start)) s") ;;
@@ -68,9 +69,11 @@ if [ -n "$sanitizer" ]; then # it slows a test tenfold and more: the small ones
 else
   skip sanitizer "compute-sanitizer is not installed"
 fi
-step lora_linear 140 "$python" -m benchmarks lora_linear --device cuda --record --budget 115
-step clients 40 "$python" -m benchmarks lora_linear_clients --device cuda --record --budget 25
-step compiled 45 "$python" -m benchmarks lora_linear --device cuda --record --compile --only RoBERTa-M8192 --budget 25
+# Which kernels each kind of problem takes from here on: written to federa_kernels/lora_linear/dispatch.json.
+step dispatch 60 "$python" -m benchmarks dispatch --device cuda --record --budget 46
+step lora_linear 90 "$python" -m benchmarks lora_linear --device cuda --record --budget 72
+step clients 35 "$python" -m benchmarks lora_linear_clients --device cuda --record --budget 22
+step compiled 40 "$python" -m benchmarks lora_linear --device cuda --record --compile --only RoBERTa-M8192 --budget 22
 if [ -e benchmarks/truncated_svd.py ]; then
   step truncated_svd 45 "$python" -m benchmarks truncated_svd --device cuda --record
 else
@@ -85,6 +88,6 @@ if [ -n "$dry" ]; then
 fi
 
 rm -f "$out/step.log"
-tar czf "$out/gpu_suite.tar.gz" README.md benchmarks/results benchmarks/plots || failed=1
+tar czf "$out/gpu_suite.tar.gz" README.md benchmarks/results benchmarks/plots "$table" || failed=1
 printf '%s\n' "== summary, files in $out" "${results[@]}" | tee -a "$out/gpu_suite.log"
 exit "$failed"

@@ -15,12 +15,16 @@ COLUMNS = {  # provider -> heading
     "reference compiled": "torch.compile",
     "addmm": "addmm",
     "ours": "federa",
+    "ours Triton": "federa, Triton",
+    "ours CUDA C++": "federa, CUDA C++",
+    "ours CUDA C++ for Hopper": "federa, Hopper",
     "ours bf16 residual": "federa, bf16 residual",
 }
 CLIENT_COLUMNS = {"ours": "federa", "chain per client": "one chain per client", "padded": "padded"}
 COLORS = {
     "peft": "#d62728", "peft autocast": "#ff9896", "peft fp32 adapter": "#c49c94", "reference": "#ff7f0e",
-    "reference compiled": "#bcbd22", "addmm": "#9467bd", "ours": "#1f77b4", "ours bf16 residual": "#17becf",
+    "reference compiled": "#bcbd22", "addmm": "#9467bd", "ours": "#1f77b4", "ours Triton": "#aec7e8",
+    "ours CUDA C++": "#2ca02c", "ours CUDA C++ for Hopper": "#98df8a", "ours bf16 residual": "#17becf",
     "chain per client": "#d62728", "padded": "#9467bd",
 }  # fmt: skip
 NOT_YET = "Not measured yet.\n"

@@ -106,24 +106,33 @@ class Problem:
         layer = reference_eager(self) if adapter else frozen(self)
         x = self.x.detach().requires_grad_()
         y = layer.call(x)
-        return _named(y.detach(), *torch.autograd.grad(y, [x, *layer.parameters], self.dy))
+        return _named(y, *torch.autograd.grad(y, [x, *layer.parameters], self.dy))
 
-    def judge(self, got: dict[str, Tensor], adapter: bool) -> Judgement:
+    def judge(self, got: dict[str, Tensor], adapter: bool = True) -> Judgement:
         exact = self.once(("exact", adapter), lambda: self.exact(adapter))
         plain = self.once(("plain", adapter), lambda: self.plain(adapter))
         return compare(got, exact, plain, self.dtype)
 
 
+class Several(Problem):
+    """A problem with more than one adapter, held against its by_definition(dtype) in float64 and in the rows' dtype."""
+
+    def judge_all(self, got: dict[str, Tensor]) -> Judgement:
+        exact, plain = (self.once((t,), lambda t=t: self.by_definition(t)) for t in (torch.float64, self.dtype))
+        return compare(got, exact, plain, self.dtype)
+
+
 def _named(*tensors: Tensor) -> dict[str, Tensor]:
-    return dict(zip(("y", "dx", "dA", "dB"), tensors, strict=False))
+    return dict(zip(("y", "dx", "dA", "dB"), (t.detach() for t in tensors), strict=False))
 
 
 class Layer(NamedTuple):
-    """A provider's y = f(x) and what it trains: A and B, or nothing."""
+    """A provider's y = f(x), or several, and what it trains: A and B, or nothing; `named` its results by name."""
 
-    call: Callable[[Tensor], Tensor]
+    call: Callable[[Tensor], Tensor | list[Tensor]]
     parameters: Sequence[Tensor] = ()
     note: str = ""
+    named: Callable[..., dict[str, Tensor]] = _named
 
 
 class Provider(NamedTuple):
@@ -134,7 +143,7 @@ class Provider(NamedTuple):
     adapter: bool = True
     weight: str | None = None
     on: Sequence[str] = ("fp32-cpu", "bf16-cpu", "fp32-cuda", "bf16-cuda")
-    kernels: str = "triton"
+    kernels: str = "auto"
 
 
 def _adapter(problem: Problem, dtype: torch.dtype) -> list[Tensor]:
@@ -237,6 +246,7 @@ PROVIDERS = {
     "peft fp32 adapter": Provider(functools.partial(peft, **fp32_adapter), on=["bf16-cuda"]),
     "addmm": Provider(addmm),
     "ours": Provider(ours),
+    "ours Triton": Provider(ours, on=["fp32-cuda", "bf16-cuda"], kernels="triton"),
     "ours CUDA C++": Provider(ours, on=["bf16-cuda"], kernels="mma"),
     "ours CUDA C++ for Hopper": Provider(ours, on=["bf16-cuda"], kernels="sm90"),
     "ours bf16 residual": Provider(bf16_residual, True, "bf16", ["fp32-cpu"]),
@@ -256,7 +266,7 @@ def floor(case: Case, ceiling: Ceilings, adapter: bool = True, weight: str | Non
 
 
 class Slot(NamedTuple):
-    """Inputs of one step; `number` chooses among copies of the layer."""
+    """Inputs of one step, dy (P,M,N) where there are several y; `number` chooses among copies of the layer."""
 
     x: Tensor
     dy: Tensor
@@ -275,7 +285,7 @@ def contender(
     judge: Callable[[dict[str, Tensor]], Judgement],
     first: Slot,
     floor: Mapping[str, float],
-    kernels: str = "triton",
+    kernels: str = "auto",
 ) -> Contender:
     """fwd and bwd of a layer, or of copies of it in turn."""
 
@@ -285,22 +295,23 @@ def contender(
             try:
                 return phase(argument)
             finally:
-                launchers().use_kernels("triton")
+                launchers().use_kernels("auto")
 
-        return phase if kernels == "triton" else call
+        return phase if kernels == "auto" else call
 
     @chosen
-    def fwd(slot: Slot) -> tuple[Tensor, Slot]:
+    def fwd(slot: Slot) -> tuple[Tensor | list[Tensor], Slot]:
         return layers[slot.number % len(layers)].call(slot.x), slot
 
     @chosen
-    def bwd(state: tuple[Tensor, Slot]) -> tuple[Tensor, ...]:
+    def bwd(state: tuple[Tensor | list[Tensor], Slot]) -> tuple[Tensor, ...]:
         y, slot = state
-        return torch.autograd.grad(y, [slot.x, *layers[slot.number % len(layers)].parameters], slot.dy)
+        dy = slot.dy if isinstance(y, Tensor) else slot.dy.unbind()
+        return torch.autograd.grad(y, [slot.x, *layers[slot.number % len(layers)].parameters], dy)
 
     def judged() -> Judgement:
         state = fwd(first)
-        return judge(_named(state[0].detach(), *bwd(state)))
+        return judge(layers[0].named(state[0], *bwd(state)))
 
     return Contender({"fwd": fwd, "bwd": bwd}, judged, floor, layers[0].note)
 

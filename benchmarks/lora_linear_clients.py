@@ -15,18 +15,16 @@ from torch.nn.functional import linear, pad
 
 from benchmarks.clock import slots_past_cache
 from benchmarks.harness import (
-    DTYPES,
     Case,
     Ceilings,
     Contender,
     Judgement,
     Record,
     arguments,
-    compare,
     measure,
     prepare,
 )
-from benchmarks.lora_linear import SCALING, Problem, Slot, run, slots
+from benchmarks.lora_linear import SCALING, Several, Slot, run, slots
 from benchmarks.lora_linear import floor as one_adapter_floor
 from federa_kernels import FrozenWeight, Segments, lora_linear, lora_linear_clients
 from federa_kernels.lora_linear import reference
@@ -57,7 +55,7 @@ CASES = {
 }
 
 
-class Clients(Problem):
+class Clients(Several):
     """A problem whose rows are cut among clients, each with its own factors; the inherited ones are the one adapter."""
 
     def __init__(self, case: Case, device: str):
@@ -175,16 +173,10 @@ def floor(case: Case, ceiling: Ceilings) -> dict[str, float]:
 
 def run_case(case: Case, ceiling: Ceilings, environment: dict, options: argparse.Namespace) -> list[Record]:
     problem = Clients(case, options.device)
-    dtype = DTYPES[case.dtype]
     sets = slots(problem.x, problem.dy)
 
     def judge(got: dict[str, Tensor], kind: str) -> Judgement:
-        if kind == "clients":
-            both = (
-                problem.once((each,), lambda each=each: problem.by_definition(each)) for each in (torch.float64, dtype)
-            )
-            return compare(got, *both, dtype)
-        return problem.judge(got, adapter=kind == "one")
+        return problem.judge_all(got) if kind == "clients" else problem.judge(got, adapter=kind == "one")
 
     def build(make: Callable[[Clients], Way], kind: str) -> Contender:
         way = make(problem)

@@ -21,7 +21,10 @@ import torch
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks/results"
-MADE_FROM_RECORDS = (":!benchmarks/results", ":!benchmarks/plots", ":!benchmarks/LOG.md", ":!README.md")
+MADE_FROM_RECORDS = (
+    *(":!benchmarks/results", ":!benchmarks/plots", ":!benchmarks/LOG.md", ":!README.md"),
+    ":!federa_kernels/lora_linear/dispatch.json",
+)
 PACKAGES = ("torch", "triton", "peft")
 
 
@@ -47,6 +50,7 @@ def environment(device: str) -> dict[str, Any]:
         "kind": device,
         "device": torch.cuda.get_device_name() if cuda else processor(),
         "driver": _driver() if cuda else None,
+        **({"capability": "{}.{}".format(*torch.cuda.get_device_capability())} if cuda else {}),
         "threads": torch.get_num_threads(),
         "versions": versions,
     }

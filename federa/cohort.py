@@ -202,20 +202,20 @@ def train_cohort(
     rows, loss, seen = Rows(device), torch.zeros(C, dtype=torch.float64, device=device), np.zeros(C, np.int64)
     learner.model.train()
     with _stacked(learner, stacks, rows) as modules:
-        active = C
+        active, leaves = C, {name: learner.model.get_parameter(name) for name in stacks}
         for step in range(int(totals[0])):
             if (still := int((totals > step).sum())) < active:
                 active = still
                 for module in modules:
                     module.activate(active)
+                leaves = {name: learner.model.get_parameter(name) for name in stacks}
             batches = [next(stream) for stream in streams[:active]]
             units = [sum(int(examples.units[part].sum()) for part in batch) for batch in batches]
             seen[:active] += units
             keys = step_keys(config, round, [work[position][1] for position in order[:active]], step)
             for number, micro in enumerate(zip_longest(*batches, fillvalue=np.arange(0))):
                 loss[:active] += _backward(learner, examples, micro, number, keys, units, rows)
-            for name in stacks:
-                parameter = learner.model.get_parameter(name)
+            for name, parameter in leaves.items():
                 for client in range(active if parameter.grad is not None else 0):
                     own[client][name].grad = parameter.grad[client]
                 parameter.grad = None

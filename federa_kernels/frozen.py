@@ -78,8 +78,8 @@ class FrozenWeight:
 
     def forms(self, dtype: torch.dtype, backward: bool) -> tuple[Tensor | None, Tensor | None]:
         """The packed forms for x W^T and, where asked for, dy W with rows of `dtype`; None where there is none."""
-        if not self.release_canonical:
-            return self._current(dtype, backward)
+        if torch.compiler.is_compiling():  # a compiled graph could not see the weight change
+            return None, None
         with self._lock:
             return self._current(dtype, backward)
 
@@ -87,9 +87,8 @@ class FrozenWeight:
         if self.released and self._made_of[0] != cpu.engine():
             self.drop()
         weight, forms = self.operand, self._forms
-        # A compiled graph could not see the weight change; a subclass may hold no memory of its own; an inference
-        # tensor does not count its versions.
-        if torch.compiler.is_compiling() or type(weight) not in (Tensor, nn.Parameter) or weight.is_inference():
+        # A subclass may hold no memory of its own; an inference tensor does not count its versions.
+        if type(weight) not in (Tensor, nn.Parameter) or weight.is_inference():
             return None, None
         now = _identity(weight)
         if now != self._made_of:

@@ -493,7 +493,7 @@ struct Job {
     const Clients& clients;
     bool accumulate;
     std::vector<const bf16*> downs, ups;  // by projection, of its first client
-    Index row_block, column_groups;
+    Index column_groups;
 
     Index steps() const { return blocks(depth, SIDE); }
     Index rank_blocks(const Projection& p) const { return blocks(p.rank, rank_block(kind)); }
@@ -734,7 +734,7 @@ void pack_weight(const void* source, Kind kind, Index columns, Index column_stri
 
 void linear(const void* x, Kind kind, Index rows, Index depth, Index x_stride,
             const std::vector<Projection>& projections, const Clients& clients, bool accumulate, int threads) {
-    Job job{x, kind, rows, depth, x_stride, projections, clients, accumulate, {}, {}, 0, 0};
+    Job job{x, kind, rows, depth, x_stride, projections, clients, accumulate, {}, {}, 0};
     std::size_t size = 0;
     for (const Projection& p : projections) size += clients.count * (job.down_size(p) + job.up_size(p));
     thread_local Scratch adapters;
@@ -754,13 +754,13 @@ void linear(const void* x, Kind kind, Index rows, Index depth, Index x_stride,
     const Index deep = kind == Kind::float32 ? std::min<Index>(depth, 768) : depth;
     const Index budget = std::max<Index>(SIDE, (1 << 20) / (2 * planes_of(kind) * std::max<Index>(deep, 1)) / SIDE * SIDE);
     const Index count = blocks(blocks(rows, std::min<Index>(budget, 512)), threads) * threads;
-    job.row_block = std::max<Index>(SIDE, blocks(blocks(rows, count), SIDE) * SIDE);
-    const Index row_blocks = blocks(rows, job.row_block);
+    const Index strips = blocks(rows, SIDE), row_blocks = std::min(count, strips);
     job.column_groups = row_blocks >= threads ? 1 : blocks(threads, row_blocks);
     parallel_for(row_blocks * job.column_groups, threads, [&](long task) {
-        const Index begin = task / job.column_groups * job.row_block;
+        const Index block = task / job.column_groups;
+        const Index begin = block * strips / row_blocks * SIDE, end = (block + 1) * strips / row_blocks * SIDE;
         configure();
-        Task(job, begin, std::min(begin + job.row_block, rows), task % job.column_groups).run();
+        Task(job, begin, std::min(end, rows), task % job.column_groups).run();
         release();
     });
 }

@@ -1,6 +1,7 @@
 #include "cpu/parallel.h"
 
 #include <algorithm>
+#include <atomic>
 
 #if defined(__unix__) || defined(__APPLE__)
 #include <dlfcn.h>
@@ -32,6 +33,7 @@ struct Job {
     long tasks;
     void (*body)(void*, long);
     void* context;
+    std::atomic<long> taken{0};  // beyond each thread's first
 };
 
 }  // namespace
@@ -46,9 +48,11 @@ void parallel_for(long tasks, int threads, void (*body)(void*, long), void* cont
     Job job{&runtime, tasks, body, context};
     runtime.parallel(
         [](void* argument) {
-            const Job& job = *static_cast<const Job*>(argument);
+            Job& job = *static_cast<Job*>(argument);
             const int count = job.runtime->threads();
-            for (long task = job.runtime->thread(); task < job.tasks; task += count) job.body(job.context, task);
+            for (long task = job.runtime->thread(); task < job.tasks;
+                 task = count + job.taken.fetch_add(1, std::memory_order_relaxed))
+                job.body(job.context, task);
         },
         &job, static_cast<unsigned>(threads), 0);
 }

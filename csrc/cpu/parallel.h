@@ -2,7 +2,8 @@
 
 namespace federa {
 
-// Runs body(task) for every task in [0, tasks) on up to `threads` threads, task t on thread t % threads.
+// Runs body(task) for every task in [0, tasks) on up to `threads` threads: thread t begins with task t, and who is done
+// takes the next one.
 //
 // The threads are those of the OpenMP runtime that PyTorch has loaded, found by name: a second pool would spin against
 // the first. Where there is none, the calling thread does it all.

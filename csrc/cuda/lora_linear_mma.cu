@@ -2,6 +2,7 @@
 
 #include <initializer_list>
 
+#include "cuda/clients.h"
 #include "cuda/launch.h"
 #include "cuda/mma_product.h"
 
@@ -10,48 +11,15 @@ namespace {
 
 // A kernel with dynamic shared memory carries its BYTES in its name, where benchmarks/compile_check.py reads them.
 
+// A kernel may run beside the one launched ahead of it (Steps), so before it waits it reads only what no kernel here
+// writes, and writes nothing: an earlier one may still read what lies there.
+
 constexpr int band = 8;  // row tiles that go over the columns together, so that they meet in L2
-
-// The client who has this row: the first one whose rows end after it.
-__device__ inline int client_of(int row, const Segments& of) {
-    int low = 0, high = static_cast<int>(of.C) - 1;
-    while (low < high) {
-        const int middle = (low + high) / 2;
-        if (of.offsets[middle + 1] > row)
-            high = middle;
-        else
-            low = middle + 1;
-    }
-    return low;
-}
-
-// First and last client with rows in [start, stop).
-struct ClientRange {
-    int first = 0, last = 0;
-
-    __device__ ClientRange(const Segments& of, int start, int stop) {
-        if (of.offsets) first = client_of(start, of), last = client_of(stop - 1, of);
-    }
-    __device__ bool several() const { return first != last; }
-};
-
-// One client's rows within [start, stop), counted from start, and what is its own.
-struct Client {
-    int begin, end, rank;
-    float scale;
-
-    __device__ Client(const Segments& of, int c, int start, int stop, int R, double scale_of_all) {
-        begin = of.offsets ? max(of.offsets[c], start) - start : 0;
-        end = (of.offsets ? min(of.offsets[c + 1], stop) : stop) - start;
-        rank = of.ranks ? min(of.ranks[c], R) : R;
-        scale = of.scalings ? of.scalings[c] : static_cast<float>(scale_of_all);
-    }
-    __device__ bool has(int row) const { return begin <= row && row < end; }
-};
 
 template <class P, int BYTES>
 __global__ void __launch_bounds__(P::threads, P::BN > 64 ? 2 : 3) down_kernel(const __grid_constant__ Down d) {
     using T = typename P::T;
+    let_next_begin();
     const int M = d.M, K = d.K, R = d.R, columns = d.columns;
     const int start = blockIdx.x * P::BM, stop = min(start + P::BM, M), from = blockIdx.y * columns;
     const Matrix x{d.x, kind_of<T>, d.stride_x, 1};
@@ -62,7 +30,7 @@ __global__ void __launch_bounds__(P::threads, P::BN > 64 ? 2 : 3) down_kernel(co
         const Matrix A = right_operand<P>(of_first.at(c, 0).data, d.A_kind, d.stride_k, d.stride_r);
         P product;
         product.add(x.at(start, from), own.begin, own.end, P::deep ? A.at(from, 0) : A.at(0, from), own.rank,
-                    min(columns, K - from), [] {});
+                    min(columns, K - from), [] { wait_for_earlier(); });
         product.each([&](int row, int r, float h) {
             if (own.has(row) && r < R) d.parts[(blockIdx.y * d.M + start + row) * d.R + r] = own.scale * h;
         });
@@ -135,6 +103,7 @@ __device__ void add_low(P& product, const Gemm& g, const Term& term, typename P:
 template <class P, int BYTES>
 __global__ void __launch_bounds__(P::threads, P::BM > 64 ? 2 : 3) gemm_kernel(const __grid_constant__ Gemm g) {
     using T = typename P::T;
+    let_next_begin();
     const int M = g.M, N = g.N, block = blockIdx.x, tiles_n = blocks(N, P::BN), in_band = band * tiles_n;
     const int top = block / in_band * band, height = min(blocks(M, P::BM) - top, band), within = block % in_band;
     const int start = (top + within % height) * P::BM, left = within / height * P::BN, stop = min(start + P::BM, M);
@@ -148,6 +117,7 @@ __global__ void __launch_bounds__(P::threads, P::BM > 64 ? 2 : 3) gemm_kernel(co
         const Matrix weight = right_operand<P>(term.weight, term.weight_kind, term.stride_wd, term.stride_wn);
         const Matrix own = P::deep ? weight.at(0, left) : weight.at(left, 0);
         product.add(rows.at(start, 0), 0, stop - start, own, min(N - left, P::BN), term.D, [&] {
+            wait_for_earlier();  // for the term's `down`
             if (term.R <= 16)
                 add_low<16>(product, g, term, low, range, start, stop, left);
             else
@@ -204,6 +174,7 @@ template <class P, int BYTES>
 __global__ void __launch_bounds__(P::threads, 2) columns_kernel(const __grid_constant__ Columns g) {
     using T = typename P::T;
     constexpr int RP = P::RP, BM = P::BM, BN = P::BN, WN = P::WN;
+    let_next_begin();
     T* const rows_tiles = reinterpret_cast<T*>(shared_memory());
     T* const low_tiles = rows_tiles + 2 * P::rows_entries;
     T* const factor_tile = low_tiles + 2 * P::low_entries;
@@ -215,12 +186,15 @@ __global__ void __launch_bounds__(P::threads, 2) columns_kernel(const __grid_con
     for (int c = range.first; c <= range.last; ++c) {
         const Client own(g.segments, c, start, stop, R, g.scale);
         const int steps = blocks(own.end - own.begin, BM);
-        const auto load = [&](int step) {
+        const auto load_rows = [&](int step) {
             const int at = start + own.begin + step * BM, here = own.end - own.begin - step * BM;
-            T* const rows_to = rows_tiles + step % 2 * P::rows_entries;
-            load_tile<T, false, BM, BN, P::threads>(rows_to, rows.at(at, left), 0, here, width);
-            T* const low_to = low_tiles + step % 2 * P::low_entries;
-            if (g.pieces) load_tile<T, false, BM, RP, P::threads>(low_to, low.at(at, 0), 0, here, own.rank);
+            T* const to = rows_tiles + step % 2 * P::rows_entries;
+            load_tile<T, false, BM, BN, P::threads>(to, rows.at(at, left), 0, here, width);
+        };
+        const auto load_low = [&](int step) {
+            const int at = start + own.begin + step * BM, here = own.end - own.begin - step * BM;
+            T* const to = low_tiles + step % 2 * P::low_entries;
+            if (g.pieces) load_tile<T, false, BM, RP, P::threads>(to, low.at(at, 0), 0, here, own.rank);
         };
         __syncthreads();  // all have left the client before
         if (g.dh_parts) {
@@ -228,7 +202,9 @@ __global__ void __launch_bounds__(P::threads, 2) columns_kernel(const __grid_con
             const Matrix factor{of_first.at(c, 0).data, g.factor_kind, g.stride_n, g.stride_r};
             load_tile<T, false, BN, RP, P::threads>(factor_tile, factor.at(left, 0), 0, width, own.rank);
         }
-        if (steps > 0) load(0);
+        if (steps > 0) load_rows(0);
+        wait_for_earlier();  // for `low`
+        if (steps > 0) load_low(0);
         copy_commit();
         float grads[WN / 16][RP / 8][4] = {};
         float sums[BN / P::threads] = {};
@@ -236,7 +212,7 @@ __global__ void __launch_bounds__(P::threads, 2) columns_kernel(const __grid_con
         for (int step = 0; step < steps; ++step) {
             copy_wait<0>();
             __syncthreads();  // this step is there for all, and all have left the one before
-            if (step + 1 < steps) load(step + 1);
+            if (step + 1 < steps) load_rows(step + 1), load_low(step + 1);
             copy_commit();
             const T* const tile = rows_tiles + step % 2 * P::rows_entries;
             const T* const low_tile = low_tiles + step % 2 * P::low_entries;
@@ -311,11 +287,14 @@ __global__ void __launch_bounds__(P::threads, 2) columns_kernel(const __grid_con
             }
         }
     }
+    wait_for_earlier();  // without rows, too
 }
 
 constexpr int sum_threads = 256;
 
 __global__ void __launch_bounds__(sum_threads) sum_kernel(const __grid_constant__ Sum g) {
+    let_next_begin();
+    wait_for_earlier();
     const Index size = g.size_A + g.size_B + g.size_b, c = blockIdx.x;
     const Index begin = g.offsets ? g.offsets[c] : 0, end = g.offsets ? g.offsets[c + 1] : g.M;
     for (Index at = blockIdx.y * sum_threads + threadIdx.x; at < size; at += gridDim.y * sum_threads) {
@@ -331,20 +310,6 @@ __global__ void __launch_bounds__(sum_threads) sum_kernel(const __grid_constant_
 
 void need(bool sound, const char* what) {
     if (!sound) throw std::invalid_argument(std::string("lora_linear (CUDA C++): ") + what);
-}
-
-template <class T>
-struct Type {
-    using type = T;
-};
-
-template <class Call>
-void with_type(Index kind, Call call) {
-    need(kind == bfloat16 || kind == float16, "rows must be bfloat16 or float16");
-    if (kind == bfloat16)
-        call(Type<__nv_bfloat16>());
-    else
-        call(Type<__half>());
 }
 
 template <class Call>
@@ -384,11 +349,11 @@ dim3 grid_of(Index x, Index y) {
     return dim3(static_cast<unsigned>(x), static_cast<unsigned>(y));
 }
 
-void down(const Down& d, void* stream) {
-    if (d.M == 0 || d.splits == 0) return;
+bool down(const Down& d, Stream stream) {
+    if (d.M == 0 || d.splits == 0) return false;
     need_int({d.M, d.K, d.columns});
     const bool along_r = d.stride_r == 1 && d.stride_k != 1;
-    with_type(d.kind, [&](auto type) {
+    with_type(d.kind, need, [&](auto type) {
         using T = typename decltype(type)::type;
         const Index rows_of_A = along_r ? d.stride_k : d.stride_r, in_row = along_r ? d.stride_r : d.stride_k;
         const bool all_aligned = is_aligned<T>({d.x, d.kind, d.stride_x, 1}) && d.stride_c % 8 == 0 &&
@@ -399,21 +364,22 @@ void down(const Down& d, void* stream) {
                     constexpr int RP = rank(), stages = RP > 64 ? 3 : 4;
                     using P = Product<T, 64, RP, 64, 4, 1, stages, deep() && aligned(), aligned()>;
                     launch(down_kernel<P, P::bytes>, grid_of(blocks<Index>(d.M, P::BM), d.splits), P::threads, P::bytes,
-                           static_cast<cudaStream_t>(stream), d);
+                           stream, d);
                 });
             });
         });
     });
+    return true;
 }
 
-void gemm(const Gemm& g, void* stream) {
-    if (g.M == 0 || g.N == 0) return;
+bool gemm(const Gemm& g, Stream stream) {
+    if (g.M == 0 || g.N == 0) return false;
     need_int({g.M, g.N});
     need(1 <= g.P && g.P <= max_terms, "one product takes 1 to 4 terms");
     const bool large = g.BM == 128 && g.BN == 128;
     need(large || (g.BM == 64 && g.BN == 64), "tiles must be 128 x 128 or 64 x 64");
     const bool along_n = g.terms[0].stride_wn == 1 && g.terms[0].stride_wd != 1;
-    with_type(g.kind, [&](auto type) {
+    with_type(g.kind, need, [&](auto type) {
         using T = typename decltype(type)::type;
         bool all_aligned = true;
         for (int p = 0; p < g.P; ++p) {
@@ -427,8 +393,7 @@ void gemm(const Gemm& g, void* stream) {
             const auto start = [&](auto product) {
                 using P = typename decltype(product)::type;
                 const Index tiles = blocks<Index>(g.M, P::BM) * blocks<Index>(g.N, P::BN);
-                launch(gemm_kernel<P, P::bytes>, grid_of(tiles, 1), P::threads, P::bytes,
-                       static_cast<cudaStream_t>(stream), g);
+                launch(gemm_kernel<P, P::bytes>, grid_of(tiles, 1), P::threads, P::bytes, stream, g);
             };
             if (large && all_aligned)
                 start(Type<Product<T, 128, 128, 32, 2, 2, 4, deep(), true>>());
@@ -438,45 +403,58 @@ void gemm(const Gemm& g, void* stream) {
                 start(Type<Product<T, 64, 64, 32, 2, 2, 4, false, false>>());
         });
     });
+    return true;
 }
 
-void columns(const Columns& g, void* stream) {
-    if (g.N == 0) return;  // without rows gradients are zero
+bool columns(const Columns& g, Stream stream) {
+    if (g.N == 0) return false;  // without rows gradients are zero
     need_int({g.M, g.N, g.chunk});
-    with_type(g.kind, [&](auto type) {
+    with_type(g.kind, need, [&](auto type) {
         with_rank(g.R, [&](auto rank) {
             using P = Pass<typename decltype(type)::type, rank(), rank() <= 32 ? 256 : 128>;
             need(!(P::wide && g.dh_parts), "dh and dB from one pass go up to rank 32");
             need(g.BN == P::BN, "BN must be 256 up to rank 32, else 128");
             constexpr int most_bytes = P::wide ? P::bytes : P::bytes_with_factor;
             launch(columns_kernel<P, most_bytes>, grid_of(blocks<Index>(g.N, P::BN), g.M ? blocks(g.M, g.chunk) : 1),
-                   P::threads, g.dh_parts ? most_bytes : P::bytes, static_cast<cudaStream_t>(stream), g);
+                   P::threads, g.dh_parts ? most_bytes : P::bytes, stream, g);
         });
     });
+    return true;
 }
 
-void sum(const Sum& g, void* stream) {
+bool sum(const Sum& g, Stream stream) {
     const Index size = g.size_A + g.size_B + g.size_b;
-    if (size == 0) return;
+    if (size == 0) return false;
     const Index parts = blocks<Index>(size, sum_threads);
     const dim3 grid = grid_of(g.C, parts < 65535 ? parts : 65535);
-    launch(sum_kernel, grid, sum_threads, 0, static_cast<cudaStream_t>(stream), g);
+    launch(sum_kernel, grid, sum_threads, 0, stream, g);
+    return true;
+}
+
+// Whether it launched: what has nothing to do does not.
+bool launched(const std::string& kernel, const void* arguments, std::size_t bytes, Stream stream) {
+    if (kernel == "down") return down(of<Down>(arguments, bytes), stream);
+    if (kernel == "gemm") return gemm(of<Gemm>(arguments, bytes), stream);
+    if (kernel == "columns") return columns(of<Columns>(arguments, bytes), stream);
+    if (kernel == "sum") return sum(of<Sum>(arguments, bytes), stream);
+    need(false, "kernel must be down, gemm, columns, sum or steps");
+    return false;
 }
 
 }  // namespace
 
 void run(const char* kernel, const void* arguments, std::size_t bytes, void* stream) {
-    const std::string name = kernel;
-    if (name == "down")
-        down(of<Down>(arguments, bytes), stream);
-    else if (name == "gemm")
-        gemm(of<Gemm>(arguments, bytes), stream);
-    else if (name == "columns")
-        columns(of<Columns>(arguments, bytes), stream);
-    else if (name == "sum")
-        sum(of<Sum>(arguments, bytes), stream);
-    else
-        need(false, "kernel must be down, gemm, columns or sum");
+    const auto handle = static_cast<cudaStream_t>(stream);
+    if (std::string(kernel) != "steps") {
+        launched(kernel, arguments, bytes, handle);
+        return;
+    }
+    const Steps& all = of<Steps>(arguments, bytes);
+    bool follows = false;  // none follows a kernel of others: that would not let it begin, and may have written its rows
+    for (Index i = 0; i < all.count; ++i) {
+        const Step& step = all.steps[i];
+        if (launched(step.kernel, step.arguments, static_cast<std::size_t>(step.bytes), {handle, follows})) follows = true;
+    }
 }
 
 }  // namespace federa::mma_kernels

@@ -85,8 +85,21 @@ struct Sum {
     Index M, C, chunk, size_A, size_B, size_b;
 };
 
-// Launches "down", "gemm", "columns" or "sum", whose struct is at `arguments`, on the current device and a stream of
-// it. Throws std::invalid_argument for what the kernels do not take and std::runtime_error for CUDA's own errors.
+struct Step {
+    const char* kernel;
+    const void* arguments;
+    Index bytes;
+};
+
+// Kernels that follow each other: each may begin before the one ahead of it has ended. What a step may read of another
+// one's results is `down` of a term, `low` of columns and the pieces of a sum; its other inputs it reads at once.
+struct Steps {
+    const Step* steps;
+    Index count;
+};
+
+// Launches "down", "gemm", "columns", "sum" or "steps", whose struct is at `arguments`, on the current device and a
+// stream of it. Throws std::invalid_argument for what the kernels do not take and std::runtime_error for CUDA's own errors.
 void run(const char* kernel, const void* arguments, std::size_t bytes, void* stream);
 
 }  // namespace federa::mma_kernels

@@ -58,6 +58,21 @@ __device__ void gather(float (&values)[batch], const void* data, Index kind, At 
 template <class T>
 constexpr Kind kind_of = std::is_same_v<T, __half> ? float16 : bfloat16;
 
+template <class T>
+struct Type {
+    using type = T;
+};
+
+// call(Type<T>()) for the kind of the rows; need(false, why) throws where it is another.
+template <class Need, class Call>
+void with_type(Index kind, Need need, Call call) {
+    need(kind == bfloat16 || kind == float16, "rows must be bfloat16 or float16");
+    if (kind == bfloat16)
+        call(Type<__nv_bfloat16>());
+    else
+        call(Type<__half>());
+}
+
 __device__ inline int entry_bytes(Index kind) { return kind == float64 ? 8 : kind == float32 ? 4 : 2; }
 
 struct Matrix {

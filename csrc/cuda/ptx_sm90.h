@@ -74,6 +74,14 @@ inline __device__ void cluster_barrier() {
     asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
 
+// The same place in the shared memory of another block of the cluster, or of this one, to be read.
+template <class T>
+inline __device__ const T* in_block(unsigned rank, const T* place) {
+    const T* there;
+    asm("mapa.u64 %0, %1, %2;" : "=l"(there) : "l"(place), "r"(rank));
+    return there;
+}
+
 // `count` threads of this block meet at barrier `name`, 1 to 15; 0 is __syncthreads().
 inline __device__ void named_barrier(int name, int count) {
     asm volatile("bar.sync %0, %1;" ::"r"(name), "r"(count) : "memory");
@@ -247,6 +255,12 @@ inline std::uint32_t shared_address(const void* pointer) { return emulator::shar
 
 using emulator::cluster_barrier, emulator::cluster_rank, emulator::cluster_size, emulator::named_barrier;
 
+template <class T>
+const T* in_block(unsigned rank, const T* place) {
+    if (rank != cluster_rank()) emulator::wait_long_together();
+    return emulator::in_block(rank, place);
+}
+
 template <int registers>
 void give_registers() {}
 template <int registers>
@@ -266,7 +280,7 @@ inline void load_block(void* to, const TensorMap& map, Barrier* barrier, int row
 inline void load_block(void* to, const TensorMap& map, Barrier* barrier, int row, int column) {
     emulator::copy_in(to, map, barrier, column, row, 1u << cluster_rank());
 }
-inline void fence_async() { emulator::current->async.proxied = true; }
+inline void fence_async() { emulator::fence_async(); }
 inline void store_block(const TensorMap& map, const void* from, int row, int column) {
     emulator::copy_out(map, from, column, row);
 }

@@ -5,6 +5,9 @@ A launch is the address of a struct; the structs here mirror those of the header
 
 import ctypes
 import functools
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -77,6 +80,14 @@ class Sum(ctypes.Structure):
     _fields_ = _fields("pieces* sums* offsets* M C chunk size_A size_B size_b")
 
 
+class Step(ctypes.Structure):
+    _fields_ = [("kernel", ctypes.c_char_p), *_fields("arguments* bytes")]
+
+
+class Steps(ctypes.Structure):
+    _fields_ = _fields("steps* count")
+
+
 def _at(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
@@ -142,9 +153,44 @@ KERNELS = {
 }
 
 
+class _Held(threading.local):
+    steps: list[tuple[str, ctypes.Structure, tuple]] | None = None  # kernels, and their tensors, to launch
+
+
+_held = _Held()
+
+
 def launch(kernel: str, tile: Tile, arguments: tuple, constants: dict[str, Any]) -> None:
-    """Of the Triton kernel of this name, on the current device and stream."""
-    _run(*KERNELS[kernel](tile, *arguments, **constants))
+    """Of the Triton kernel of this name, on the device of its first tensor and the current stream."""
+    name, values = KERNELS[kernel](tile, *arguments, **constants)
+    if _held.steps is not None:
+        _held.steps.append((name, values, arguments))
+        return
+    with torch.cuda.device_of(arguments[0]):
+        _run(name, values)
+
+
+@contextmanager
+def in_one_call() -> Iterator[None]:
+    """Holds back what is launched within and launches all of it by one call, with nothing in between; on Hopper each
+    kernel may begin before the one ahead of it has ended. What other kernels are to read needs `flush` before."""
+    _held.steps = []
+    try:
+        yield
+        flush()
+    finally:
+        _held.steps = None
+
+
+def flush() -> None:
+    """Launches what is held back."""
+    if not _held.steps:
+        return
+    steps, _held.steps = _held.steps, []
+    listed = [Step(name.encode(), ctypes.addressof(values), ctypes.sizeof(values)) for name, values, _ in steps]
+    array = (Step * len(steps))(*listed)
+    with torch.cuda.device_of(steps[0][2][0]):
+        _run("steps", Steps(ctypes.addressof(array), len(steps)))
 
 
 def _run(name: str, values: ctypes.Structure) -> None:

@@ -51,13 +51,23 @@ def launchers() -> ModuleType | None:
     return launch
 
 
-def path_of(rows: Tensor, packed: Sequence[Tensor | None], ranks: Sequence[int], needs_weight: bool = False) -> str:
-    """Which implementation takes these rows (x or dy): "triton", "cpu" or "reference"."""
+def path_of(
+    rows: Tensor,
+    packed: Sequence[Tensor | None],
+    ranks: Sequence[int],
+    kind: str,
+    weights: Sequence[Tensor],
+    needs_weight: bool = False,
+) -> str:
+    """Which implementation takes these rows (x or dy): "triton" (the launchers of launch.py), "cpu" or "reference".
+    kind: one of dispatch.KINDS."""
     if needs_weight:
         return "reference"
     if rows.is_cuda:
         kernels = launchers()
-        return "triton" if kernels and all(kernels.takes(rows, rank) for rank in ranks) else "reference"
+        if kernels is None or not all(kernels.takes(rows, rank) for rank in ranks):
+            return "reference"
+        return "reference" if kernels.choose(kind, rows, weights, ranks) == "torch" else "triton"
     for form in packed:
         if form is None:
             return "reference"
@@ -70,9 +80,9 @@ def path_for(weight: Tensor, rank: int, rows: torch.dtype) -> str:
         kernels = launchers()
         if kernels is None:
             return "PyTorch: triton is not installed"
-        taken = kernels.takes(weight.new_empty(0, dtype=rows), rank)
-        language = "Triton" if kernels.kernels_for(rows) == "triton" else "CUDA C++"
-        return f"{language}: fused" if taken else f"PyTorch: Triton's kernels do not take {rows} of rank {rank} here"
+        if not kernels.takes(weight.new_empty(0, dtype=rows), rank):
+            return f"PyTorch: Triton's kernels do not take {rows} of rank {rank} here"
+        return kernels.describe(rows, weight)
     if rank > cpu.MAX_RANK:
         return f"PyTorch: the kernels take ranks up to {cpu.MAX_RANK}, this is {rank}"
     why = cpu.why_not(rows, weight)
@@ -88,7 +98,7 @@ def _grads(needed: Sequence[Tensor | None], owners: Sequence[Tensor | None]) -> 
 
 
 def _fwd(x, weight, packed, lora_A, lora_B, bias, scaling):
-    path = path_of(x, [packed], lora_A.shape[:1])
+    path = path_of(x, [packed], lora_A.shape[:1], "one forward", [weight])
     if path == "cpu":
         return cpu.forward(x, weight, packed, lora_A, lora_B, bias, scaling)
     if path == "triton":
@@ -98,14 +108,15 @@ def _fwd(x, weight, packed, lora_A, lora_B, bias, scaling):
 
 
 def _bwd(dy, x, h, weight, packed, lora_A, lora_B, bias, scaling, needs):
-    path = path_of(dy, [packed], lora_A.shape[:1], needs[1])
+    path = path_of(dy, [packed], lora_A.shape[:1], "one backward", [weight], needs[1])
     if path == "cpu":
         grads = cpu.backward(dy, x, h, weight, packed, lora_A, lora_B, bias, scaling, needs)
     elif path == "triton":
         grads = launchers().launch_lora_linear_bwd(dy, x, h, weight, lora_A, lora_B, scaling, needs)
     else:
         with torch.autocast(dy.device.type, enabled=False):
-            grads = reference.backward(dy, x, h, *_cast(dy.dtype, (weight, lora_A, lora_B)), scaling, needs)
+            tensors = _cast(dy.dtype, (weight if needs[0] else None, lora_A, lora_B))
+            grads = reference.backward(dy, x, h, *tensors, scaling, needs)
     return _grads(grads, (dy, weight, lora_A, lora_B, bias))
 
 
@@ -115,7 +126,8 @@ torch.library.impl("federa::lora_linear_bwd", "default", _bwd)
 
 @torch.library.impl("federa::lora_linear_clients_fwd", "default")
 def _clients_fwd(x, weight, packed, lora_A, lora_B, bias, offsets, scalings, ranks):
-    path, segments = path_of(x, [packed], lora_A.shape[1:2]), (offsets, scalings, ranks)
+    path = path_of(x, [packed], lora_A.shape[1:2], "clients forward", [weight])
+    segments = (offsets, scalings, ranks)
     if path == "cpu":
         return cpu.clients_forward(x, weight, packed, lora_A, lora_B, bias, *segments)
     if path == "triton":
@@ -126,7 +138,7 @@ def _clients_fwd(x, weight, packed, lora_A, lora_B, bias, offsets, scalings, ran
 
 @torch.library.impl("federa::lora_linear_clients_bwd", "default")
 def _clients_bwd(dy, x, h, weight, packed, lora_A, lora_B, bias, offsets, scalings, ranks, needs):
-    path = path_of(dy, [packed], lora_A.shape[1:2], needs[1])
+    path = path_of(dy, [packed], lora_A.shape[1:2], "clients backward", [weight], needs[1])
     segments = (offsets, scalings, ranks)
     if path == "cpu":
         grads = cpu.clients_backward(dy, x, h, weight, packed, lora_A, lora_B, bias, *segments, needs)
@@ -135,7 +147,7 @@ def _clients_bwd(dy, x, h, weight, packed, lora_A, lora_B, bias, offsets, scalin
         grads = launch(dy, x, h, weight, lora_A, lora_B, bias, *segments, needs)
     else:
         with torch.autocast(dy.device.type, enabled=False):
-            tensors = _cast(dy.dtype, (weight, lora_A, lora_B, bias))
+            tensors = _cast(dy.dtype, (weight if needs[0] else None, lora_A, lora_B, bias))
             grads = reference.clients_backward(dy, x, h, *tensors, *_ranked(segments, lora_A), needs)
     return _grads(grads, (dy, weight, lora_A, lora_B, bias))
 
@@ -146,7 +158,7 @@ def _ranked(segments: tuple[Tensor, Tensor, Tensor], lora_A: Tensor) -> tuple[Te
 
 @torch.library.impl("federa::lora_linear_shared_fwd", "default")
 def _shared_fwd(x, weights, packed, lora_As, lora_Bs, biases, scalings):
-    path = path_of(x, packed, [A.shape[0] for A in lora_As])
+    path = path_of(x, packed, [A.shape[0] for A in lora_As], "shared forward", weights)
     if path == "cpu":
         ys, h = cpu.shared_forward(x, weights, packed, lora_As, lora_Bs, biases, scalings)
     elif path == "triton":
@@ -161,7 +173,7 @@ def _shared_fwd(x, weights, packed, lora_As, lora_Bs, biases, scalings):
 @torch.library.impl("federa::lora_linear_shared_bwd", "default")
 def _shared_bwd(dys, x, h, weights, packed, lora_As, lora_Bs, biases, scalings, needs):
     need_weight = any(needs[1::4])
-    path = path_of(dys[0], packed, [A.shape[0] for A in lora_As], need_weight)
+    path = path_of(dys[0], packed, [A.shape[0] for A in lora_As], "shared backward", weights, need_weight)
     if path == "cpu":
         grads = cpu.shared_backward(dys, x, h, weights, packed, lora_As, lora_Bs, scalings, needs)
     elif path == "triton":
@@ -169,7 +181,8 @@ def _shared_bwd(dys, x, h, weights, packed, lora_As, lora_Bs, biases, scalings, 
         grads = launch(dys, x, h, weights, lora_As, lora_Bs, scalings, needs)
     else:
         with torch.autocast(dys[0].device.type, enabled=False):
-            lists = [_cast(dys[0].dtype, tensors) for tensors in (weights, lora_As, lora_Bs)]
+            read = weights if needs[0] else [None] * len(weights)
+            lists = [_cast(dys[0].dtype, tensors) for tensors in (read, lora_As, lora_Bs)]
             grads = reference.shared_backward(dys, x, h, *lists, scalings, needs)
     return _grads(grads, _shared_owners(dys[0], weights, lora_As, lora_Bs, biases))
 
@@ -343,7 +356,7 @@ def _packed(
     if frozen is None:
         return weight, (None, None)
     forms = frozen.forms(x.dtype, backward)
-    if frozen.release_canonical and path_of(x, forms[:1], (rank,)) != "cpu":
+    if frozen.release_canonical and path_of(x, forms[:1], (rank,), "one forward", (weight,)) != "cpu":
         weight = frozen.weight.detach()
     return weight, forms
 

@@ -26,13 +26,14 @@ def backward(
     dy: Tensor,
     x: Tensor | None,
     h: Tensor | None,
-    weight: Tensor,
+    weight: Tensor | None,
     lora_A: Tensor,
     lora_B: Tensor,
     scaling: float,
     needs: Sequence[bool],
 ) -> list[Tensor | None]:
-    """Gradients of (x, weight, lora_A, lora_B, bias), None where `needs` is False; x and h may be None where unused.
+    """Gradients of (x, weight, lora_A, lora_B, bias), None where `needs` is False; x, h and weight may be None where
+    unused.
 
     dh = s dy B    dx = dy W + dh A    dW = dy^T x    dA = dh^T x    dB = s dy^T h    db = sum of the rows of dy
     """
@@ -73,7 +74,7 @@ def clients_backward(
     dy: Tensor,
     x: Tensor | None,
     h: Tensor | None,
-    weight: Tensor,
+    weight: Tensor | None,
     lora_A: Tensor,
     lora_B: Tensor,
     bias: Tensor | None,
@@ -130,7 +131,7 @@ def shared_backward(
     dys: Sequence[Tensor],
     x: Tensor | None,
     h: Tensor | None,
-    weights: Sequence[Tensor],
+    weights: Sequence[Tensor | None],
     lora_As: Sequence[Tensor],
     lora_Bs: Sequence[Tensor],
     scalings: Sequence[float],

@@ -3,22 +3,22 @@
 Chosen so that nothing spills (`python -m benchmarks compile_check`); not timed.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 
 @dataclass(frozen=True)
 class Tile:
-    """One program's share: BM rows, BN columns, BK of the summed dimension a step; warps, pipeline stages. mma: of the
-    kernels in CUDA C++, not in Triton."""
+    """One program's share: BM rows, BN columns, BK of the summed dimension a step; warps, pipeline stages. kernels:
+    which have it, Triton's or those in CUDA C++ ("mma", "sm90")."""
 
     BM: int
     BN: int
     BK: int
     warps: int
     stages: int
-    mma: bool = False
+    kernels: str = "triton"
 
 
 @dataclass(frozen=True)
@@ -54,9 +54,9 @@ SAFE_GEMM = (Tile(64, 64, 32, 4, 3),)
 FLOAT32_GEMM = (Tile(64, 64, 16, 8, 2), Tile(32, 32, 16, 4, 2))  # no tensor cores, operands in registers
 FLOAT32_DOWN, FLOAT32_GRAD = Tile(32, 0, 32, 4, 2), Tile(32, 32, 0, 4, 2)
 # Those that csrc/cuda/lora_linear_mma.cu has, for every GPU from sm_80 on.
-MMA_GEMM = (Tile(128, 128, 32, 4, 4, True), Tile(64, 64, 32, 4, 4, True))
-MMA_DOWN = Tile(64, 0, 64, 4, 4, True)
-MMA_GRAD, MMA_WIDE_GRAD = Tile(64, 256, 0, 4, 2, True), Tile(64, 128, 0, 4, 2, True)
+MMA_GEMM = (Tile(128, 128, 32, 4, 4, "mma"), Tile(64, 64, 32, 4, 4, "mma"))
+MMA_DOWN = Tile(64, 0, 64, 4, 4, "mma")
+MMA_GRAD, MMA_WIDE_GRAD = Tile(64, 256, 0, 4, 2, "mma"), Tile(64, 128, 0, 4, 2, "mma")
 MULTIPROCESSORS = {80: 108, 90: 132, 100: 148}
 GENERATIONS = {80: 80, 90: 90, 100: 100, 103: 100}  # others, consumer GPUs among them, have less shared memory
 
@@ -97,18 +97,37 @@ def pick_mma_tiles(M: int, N: int, K: int, R: int, arch: int) -> Tiles:
     return Tiles(gemm, MMA_DOWN, grad, splits, one_pass=not wide, chunk=chunk, on_the_fly=False)
 
 
-def pick_sm90_tile(M: int, N: int) -> tuple[int, int]:
-    """(BN, cluster) of csrc/cuda/lora_linear_sm90.cu: columns of its tiles of 128 rows, and how many tiles above each
-    other share the reads of their weight. The wide tile, unless it leaves too much of the GPU idle in its last turn: a
-    narrow one takes half its products but 5/8 of its time, as shared memory feeds 128 bytes a clock where it would take
-    160 (counted, not measured)."""
-    cluster = 2 if M > 128 else 1
+def for_kernels(tiles: Tiles, kernels: str) -> Tiles:
+    """The same tiles, launched by others."""
+    gemm, down, grad = (replace(tile, kernels=kernels) for tile in (tiles.gemm, tiles.down, tiles.grad))
+    return replace(tiles, gemm=gemm, down=down, grad=grad)
 
-    def time(BN: int) -> int:
-        turns = _tiles(_tiles(M, 128 * cluster) * _tiles(N, BN), MULTIPROCESSORS[90] // cluster)
-        return turns * {256: 8, 128: 5}[BN]
 
-    return min((256, 128), key=time), cluster
+# (BM, BN) of csrc/cuda/lora_linear_sm90.cu -> the time of a step of 64 of the depth, in 128 clocks, counted and not
+# measured: the products of the first tile; what shared memory feeds to those of the second, 128 bytes a clock; what L2
+# brings for those of the third, 64 bytes a clock.
+SM90_GEMM = {(128, 256): 8, (128, 128): 5, (64, 128): 3}
+
+
+def pick_sm90_tile(M: int, N: int, steps: int) -> tuple[int, int, int, int]:
+    """(BM, BN, cluster, splits) of csrc/cuda/lora_linear_sm90.cu for a depth of `steps` times 64: the tile, how many
+    above each other share the reads of their weight, and how many blocks share the depth of one.
+
+    The least of times that are counted, not measured: the largest tile, unless it leaves too much of the GPU idle in
+    its last turn; whole tiles, unless most of it is idle. Blocks that share a depth leave float32 sums in shared memory
+    and pass them on at 14 bytes a clock (arXiv 2501.12084), between two barriers of 3 units; clusters of more than two
+    find 120 of 132 multiprocessors, as cuBLAS takes them (NVIDIA/cutlass issue 1921)."""
+
+    def time(tile: tuple[int, int, int, int]) -> float:
+        BM, BN, cluster, splits = tile
+        at_once = MULTIPROCESSORS[90] // cluster if splits == 1 else 120 // splits
+        turns = _tiles(_tiles(M, BM * cluster) * _tiles(N, BN), at_once)
+        passed_on = 6 + 4 * BM * BN * (1 / 128 + (splits - 1) / splits / 14) / 128 if splits > 1 else 0
+        return turns * (_tiles(steps, splits) * SM90_GEMM[BM, BN] + passed_on)
+
+    whole = [(BM, BN, 2 if M > BM else 1, 1) for BM, BN in SM90_GEMM]
+    parted = [(BM, BN, 1, splits) for BM, BN in SM90_GEMM for splits in (2, 4, 8)]
+    return min(whole + parted, key=time)
 
 
 def _parts(M: int, N: int, K: int, programs: int, down: Tile, grad: Tile) -> tuple[int, int]:

@@ -24,6 +24,9 @@ def installed():
         pytest.fail(reason) if os.environ.get("CI") == "true" else pytest.skip(reason)
 
 
+OF_MMA = {"kernel": "sum_kernel", "case": "lora_linear_mma.cu"}
+
+
 def row(**changes):
     usual = {"kernel": "_gemm_kernel", "tile": "BM128", "case": "M64 bf16", "arch": 90, "registers": 200}
     return Compiled(**usual | {"spills": 0, "shared": 1024, "mma": {"HGMMA": 5}} | changes)
@@ -39,6 +42,9 @@ def row(**changes):
         ({"arch": 80, "mma": {}}, "has no HMMA"),
         ({"kernel": "gemm_sm90_kernel<Tile<half>, 8>"}, "has no UTMALDG"),
         ({"kernel": "gemm_sm90_kernel<Tile<half>, 8>", "mma": {"UTMALDG": 3}}, "has no HGMMA"),
+        (OF_MMA | {"mma": {"ACQBULK": 1}}, "has no PREEXIT"),
+        (OF_MMA | {"mma": {"PREEXIT": 1}}, "has no ACQBULK"),
+        (OF_MMA | {"arch": 80, "mma": {"ACQBULK": 1}}, "has ACQBULK"),
     ],
 )
 def test_a_tile_that_must_not_ship_is_named(changes, problem):
@@ -62,6 +68,8 @@ def test_what_may_ship():
     assert not row().problems()
     assert not row(mma={}, case="M64 fp32").problems()  # full precision has no tensor cores
     assert not row(mma={"HMMA": 8}, kernel="_dA_kernel").problems()
+    assert not row(**OF_MMA | {"mma": {"PREEXIT": 1, "ACQBULK": 2}}).problems()
+    assert not row(**OF_MMA | {"arch": 80, "mma": {}}).problems()
 
 
 @pytest.mark.parametrize("arch", ARCHS)

@@ -3,27 +3,14 @@
 
 #include <cstdint>
 #include <cstdio>
-#include <memory>
 #include <vector>
 
+#include "buffer.h"
 #include "cuda/lora_linear_mma.h"
 
 namespace {
 
 using namespace federa::mma_kernels;
-
-// Ones, in the type of the rows or another.
-template <class T>
-struct Buffer {
-    std::unique_ptr<T[]> data;
-
-    Buffer(Index count, T value) : data(new T[static_cast<std::size_t>(count)]) {
-        for (Index i = 0; i < count; ++i) data[static_cast<std::size_t>(i)] = value;
-    }
-    operator T*() const { return data.get(); }
-};
-
-constexpr std::uint16_t one = 0x3f80;  // of bfloat16
 
 void step(Index M, Index N, Index K, Index R, Index BM, std::vector<std::int32_t> offsets) {
     const Index C = static_cast<Index>(offsets.size()) - 1, BN = R > 32 ? 128 : 256, slabs = (N + BN - 1) / BN;

@@ -82,7 +82,28 @@ __global__ void unaligned_row() {
     ldmatrix(r, shared_memory() + 2);
 }
 
+enum class Mistake { none, reads_early, writes_early, waits_never };
+
+// out = in + 1, in blocks of 64.
+__global__ void add_one(float* in, float* out, Mistake mistake) {
+    let_next_begin();
+    const int at = blockIdx.x * blockDim.x + threadIdx.x;
+    const float early = mistake == Mistake::reads_early ? in[at] : 0.0f;
+    if (mistake == Mistake::writes_early) in[at] = -1.0f;
+    if (mistake != Mistake::waits_never) wait_for_earlier();
+    out[at] = 1.0f + (mistake == Mistake::reads_early ? early : in[at]);
+}
+
 }  // namespace
+
+// numbers (4,192): three kernels that follow each other, each from one row to the next; the last makes the mistake.
+EXPORTED const char* check_following(float* numbers, int mistake) {
+    return emulator::guarded([&] {
+        for (int i = 0; i < 3; ++i)
+            launch(add_one, 3, 64, 0, Stream(nullptr, i > 0), numbers + 192 * i, numbers + 192 * (i + 1),
+                   i == 2 ? static_cast<Mistake>(mistake) : Mistake::none);
+    });
+}
 
 EXPORTED const char* check_load_matrices(const std::uint16_t* in, std::uint16_t* out, bool transposed) {
     return emulator::guarded([&] { launch(load_matrices, 1, 32, 512, nullptr, in, out, transposed); });

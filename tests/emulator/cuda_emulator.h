@@ -122,6 +122,7 @@ struct Block {
     unsigned char* shared;
     bool any = false;    // whether a thread voted so at the last barrier
     bool begun = false;  // the next block of a cluster begins when those before it cannot go on
+    unsigned fences = 0;  // of its threads, which order what they wrote before what the copy engine does
 };
 
 struct Thread {
@@ -140,6 +141,7 @@ struct Thread {
     std::deque<std::vector<Copy>> groups;
     std::function<bool()> condition;
     Async async;
+    bool waited = false;  // for the kernels before this one
 };
 
 inline std::vector<std::unique_ptr<Thread>> threads;  // fibres, kept from one launch to the next
@@ -152,6 +154,17 @@ inline std::deque<std::function<void()>> under_way;       // what happens once n
 inline std::function<void(bool begins)> around_a_cluster;  // of hopper_emulator.h
 inline long seed = 0;       // the order of blocks, warps and lanes: 0 forward, -1 backward, else shuffled
 inline long launches = 0;  // so far
+
+// A kernel to run. Those that follow each other may begin early, and begin here as early as they may: the last one's
+// first block first, which runs until it waits for the kernel before it; then that one's, and so on.
+struct Kernel {
+    dim3 grid, block;
+    std::size_t bytes;
+    std::function<void()> body;
+    unsigned in_cluster;
+};
+inline std::vector<Kernel> waiting;  // to run, each following the one before it
+inline bool held = false;            // whether others may still follow them
 
 inline unsigned char* shared_memory() { return current->block->shared; }
 
@@ -328,7 +341,17 @@ inline bool pass_barriers(unsigned count) {
     return passed;
 }
 
-inline void run_cluster(unsigned count, std::mt19937& random) {
+// In a kernel that follows others: until they have ended.
+inline void wait_for_earlier() {
+    current->waited = true;
+    if (waiting.empty()) return;
+    current->condition = [] { return waiting.empty(); };
+    wait(State::until);
+}
+
+inline void run_waiting();
+
+inline void run_cluster(unsigned count, std::mt19937& random, bool follows) {
     const unsigned all = count * static_cast<unsigned>(cluster.size());
     const std::vector<unsigned> warps = order((count + 31) / 32 * cluster.size(), random), lanes = order(32, random);
     for (unsigned i = 0; i < all; ++i) {
@@ -337,6 +360,7 @@ inline void run_cluster(unsigned count, std::mt19937& random) {
         threads[i]->copies.clear();
         threads[i]->groups.clear();
         threads[i]->async = {};
+        threads[i]->waited = false;
     }
     const auto are = [&](State state) {
         return std::count_if(threads.begin(), threads.begin() + all, [&](auto& t) { return t->state == state; });
@@ -359,6 +383,10 @@ inline void run_cluster(unsigned count, std::mt19937& random) {
             happens();
             continue;
         }
+        if (!waiting.empty()) {
+            run_waiting();
+            continue;
+        }
         const auto waiting = are(State::in_block), ended = are(State::done);
         if (waiting + ended < all)
             throw std::runtime_error("deadlock: " + std::to_string(all - waiting - ended) + " of " +
@@ -367,6 +395,8 @@ inline void run_cluster(unsigned count, std::mt19937& random) {
                                  " threads are at the barrier, " + std::to_string(ended) + " have ended");
     }
     if (around_a_cluster) around_a_cluster(false);
+    if (follows && !std::all_of(threads.begin(), threads.begin() + all, [](auto& t) { return t->waited; }))
+        throw std::runtime_error("launch: a thread of a kernel that follows another has not waited for it");
 }
 
 inline thread_local char probe;
@@ -384,24 +414,20 @@ inline void poison_static() {
     dl_iterate_phdr(each, &probe);
 }
 
-inline void launch(dim3 grid, dim3 block, std::size_t bytes, std::function<void()> kernel, unsigned in_cluster = 1,
-                   std::size_t limit = shared_limit) {
-    const std::size_t count = static_cast<std::size_t>(block.x) * block.y * block.z;
-    const std::size_t blocks = static_cast<std::size_t>(grid.x) * grid.y * grid.z;
-    if (count == 0 || count > 1024 || block.z > 64 || blocks == 0 || grid.x > 0x7fffffffu || grid.y > 65535 ||
-        grid.z > 65535 || bytes > limit || in_cluster == 0 || in_cluster > 8 || grid.x % in_cluster)
-        throw std::runtime_error("launch: invalid configuration");
-    ++launches;
-    body = std::move(kernel);
+inline void run(Kernel kernel, bool follows) {
+    const unsigned in_cluster = kernel.in_cluster;
+    const std::size_t count = static_cast<std::size_t>(kernel.block.x) * kernel.block.y * kernel.block.z;
+    const std::size_t blocks = static_cast<std::size_t>(kernel.grid.x) * kernel.grid.y * kernel.grid.z;
+    body = std::move(kernel.body);
     failure.clear();
-    blockDim = block;
-    gridDim = grid;
+    blockDim = kernel.block;
+    gridDim = kernel.grid;
     under_way.clear();
     cluster.resize(in_cluster);
     while (threads.size() < count * in_cluster) threads.push_back(std::make_unique<Thread>());
     for (unsigned i = 0; i < count * in_cluster; ++i) {
         const unsigned at = i % static_cast<unsigned>(count);
-        threads[i]->index = {at % block.x, at / block.x % block.y, at / block.x / block.y};
+        threads[i]->index = {at % blockDim.x, at / blockDim.x % blockDim.y, at / blockDim.x / blockDim.y};
     }
     std::mt19937 random(static_cast<std::uint32_t>(seed));
     try {
@@ -410,14 +436,14 @@ inline void launch(dim3 grid, dim3 block, std::size_t bytes, std::function<void(
             for (unsigned rank = 0; rank < in_cluster; ++rank) {
                 const unsigned at = first * in_cluster + rank;
                 void* memory = nullptr;  // of exactly these bytes, for the address sanitizer
-                if (posix_memalign(&memory, 128, std::max<std::size_t>(bytes, 1))) throw std::bad_alloc();
+                if (posix_memalign(&memory, 128, std::max<std::size_t>(kernel.bytes, 1))) throw std::bad_alloc();
                 owners.emplace_back(memory, &std::free);
-                std::memset(memory, poison, bytes);
-                cluster[rank] = {{at % grid.x, at / grid.x % grid.y, at / grid.x / grid.y},
+                std::memset(memory, poison, kernel.bytes);
+                cluster[rank] = {{at % gridDim.x, at / gridDim.x % gridDim.y, at / gridDim.x / gridDim.y},
                                  static_cast<unsigned char*>(memory)};
             }
             poison_static();
-            run_cluster(static_cast<unsigned>(count), random);
+            run_cluster(static_cast<unsigned>(count), random, follows);
         }
     } catch (...) {
         threads.clear();  // fibres that are under way have no end
@@ -425,11 +451,43 @@ inline void launch(dim3 grid, dim3 block, std::size_t bytes, std::function<void(
     }
 }
 
+// Runs the kernels that wait, while a block of the one that follows them may be under way.
+inline void run_waiting() {
+    if (waiting.empty()) return;
+    Kernel last = std::move(waiting.back());
+    waiting.pop_back();
+    std::vector<std::unique_ptr<Thread>> other_threads;
+    std::vector<Block> other_cluster;
+    std::function<void()> other_body = std::move(body);
+    const dim3 other_block = blockDim, other_grid = gridDim;
+    std::swap(threads, other_threads), std::swap(cluster, other_cluster);
+    const bool follows = !waiting.empty();
+    run(std::move(last), follows);
+    run_waiting();  // unless a block of `last` has, as all do that wait
+    std::swap(threads, other_threads), std::swap(cluster, other_cluster);
+    body = std::move(other_body), blockDim = other_block, gridDim = other_grid;
+}
+
+inline void launch(dim3 grid, dim3 block, std::size_t bytes, std::function<void()> kernel, bool follows = false,
+                   unsigned in_cluster = 1, std::size_t limit = shared_limit) {
+    const std::size_t count = static_cast<std::size_t>(block.x) * block.y * block.z;
+    const std::size_t blocks = static_cast<std::size_t>(grid.x) * grid.y * grid.z;
+    if (count == 0 || count > 1024 || block.z > 64 || blocks == 0 || grid.x > 0x7fffffffu || grid.y > 65535 ||
+        grid.z > 65535 || bytes > limit || in_cluster == 0 || in_cluster > 8 || grid.x % in_cluster)
+        throw std::runtime_error("launch: invalid configuration");
+    ++launches;
+    if (!follows) run_waiting();
+    waiting.push_back({grid, block, bytes, std::move(kernel), in_cluster});
+    if (!held) run_waiting();
+}
+
 // The same on clusters of blocks: as many as fit and at most `tiles`.
 inline void launch_clusters(unsigned tiles, unsigned in_cluster, unsigned block, std::size_t bytes,
-                            std::function<void()> kernel) {
-    launch(dim3(std::min(tiles, active_clusters) * in_cluster), dim3(block), bytes, std::move(kernel), in_cluster,
-           hopper_shared_limit);
+                            std::function<void()> kernel, bool follows = false) {
+    if (follows && around_a_cluster)
+        throw std::runtime_error("launch: what a cluster of Hopper's has under way is not kept for another kernel's");
+    launch(dim3(std::min(tiles, active_clusters) * in_cluster), dim3(block), bytes, std::move(kernel), follows,
+           in_cluster, hopper_shared_limit);
 }
 
 template <class T>
@@ -511,10 +569,15 @@ namespace emulator {
 template <class Call>
 const char* guarded(Call call) {
     static std::string error;
+    held = true;
     try {
         call();
+        run_waiting();
+        held = false;
         return nullptr;
     } catch (const std::exception& problem) {
+        waiting.clear();
+        held = false;
         error = problem.what();
         return error.c_str();
     }

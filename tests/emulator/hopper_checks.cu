@@ -97,6 +97,21 @@ __global__ void not_a_swizzle(const TensorMap map) {
     if (threadIdx.x == 0) load_block(aligned() + 128, map, barrier(0), 0, 0);
 }
 
+// What threads wrote to a block, the next copy into it may lose or be lost under.
+__global__ void written_between_copies(const TensorMap map, bool fence) {
+    begin(1);
+    for (int parity = 0; parity < 2; ++parity) {
+        if (threadIdx.x == 0) {
+            barrier_expect(barrier(0), block_bytes);
+            load_block(aligned(), map, barrier(0), 0, 0);
+        }
+        barrier_wait(barrier(0), parity);
+        if (threadIdx.x == 5) aligned()[5] ^= 1;
+        if (fence) fence_async();
+        __syncthreads();
+    }
+}
+
 template <class... Arguments>
 void in_clusters(void (*kernel)(Arguments...), unsigned size, unsigned threads, Arguments... arguments) {
     launch_clusters(kernel, 1, size, threads, room + 2048, nullptr, arguments...);
@@ -143,5 +158,6 @@ EXPORTED const char* check_mistake(int which, const std::uint16_t* in) {
         if (which == 5) tensor_map<__half>(in, 8, 8, 12);
         if (which == 6) tensor_map<__half>(in + 1, 8, 8, 8);
         if (which == 7) tensor_map<__half>(in, 0, 8, 8);
+        if (which >= 8) in_clusters(written_between_copies, 1, 32u, tensor_map<__half>(in, 8, 8, 8), which == 9);
     });
 }

@@ -34,7 +34,7 @@ T* in_block(unsigned rank, T* place) {
     for (const auto& thread : threads)
         if (thread->block == &cluster[rank] && thread->state != State::done)
             return reinterpret_cast<T*>(cluster[rank].shared +
-                                        (reinterpret_cast<unsigned char*>(place) - current->block->shared));
+                                        (reinterpret_cast<const unsigned char*>(place) - current->block->shared));
     fail("cluster: the block has ended");
 }
 
@@ -48,6 +48,20 @@ inline void wait_long() {
     auto passed = std::make_shared<bool>(false);
     under_way.push_back([passed] { *passed = true; });
     wait_until([passed] { return *passed; });
+}
+
+// The same for many, who go on together.
+inline std::shared_ptr<bool> together_passed;
+
+inline void wait_long_together() {
+    if (!together_passed) {
+        together_passed = std::make_shared<bool>(false);
+        under_way.push_back([] {
+            *together_passed = true;
+            together_passed.reset();
+        });
+    }
+    wait_until([passed = together_passed] { return *passed; });
 }
 
 // A barrier that counts threads: the cluster's, or a block's named ones.
@@ -149,6 +163,19 @@ struct alignas(64) TensorMap {
     }
 };
 
+inline void fence_async() {
+    current->async.proxied = true;
+    ++current->block->fences;
+}
+
+// What last came to a place by a copy, and how many fences there had been.
+struct Arrived {
+    std::vector<unsigned char> bytes;
+    unsigned fences;
+};
+
+inline std::map<const unsigned char*, Arrived> arrivals;
+
 // Into all blocks of `mask`, each at a time of its own.
 inline void copy_in(void* to, const TensorMap& map, void* barrier, int column, int row, unsigned mask) {
     const std::uint32_t address = shared_address(to);
@@ -156,15 +183,21 @@ inline void copy_in(void* to, const TensorMap& map, void* barrier, int column, i
     if (mask == 0 || mask >> cluster.size()) fail("cp.async.bulk.tensor: no block of this rank");
     for (unsigned rank = 0; rank < cluster.size(); ++rank) {
         if (!(mask >> rank & 1)) continue;
-        std::memset(in_block(rank, static_cast<unsigned char*>(to)), poison, block_bytes);
+        unsigned char* const there = in_block(rank, static_cast<unsigned char*>(to));
+        const auto last = arrivals.find(there);
+        if (last != arrivals.end() && last->second.fences == cluster[rank].fences &&
+            std::memcmp(there, last->second.bytes.data(), block_bytes))
+            fail("cp.async.bulk.tensor: threads wrote to the block without fence.proxy.async");
+        std::memset(there, poison, block_bytes);
         Barrier& arrived = barrier_at(in_block(rank, static_cast<unsigned char*>(barrier)));
-        under_way.push_back([map, &arrived, &block = cluster[rank], address, column, row] {
+        under_way.push_back([map, &arrived, &block = cluster[rank], there, address, column, row] {
             map.each(block, address, column, row, [](unsigned char* entry, const unsigned char* from) {
                 if (from)
                     std::memcpy(entry, from, 2);
                 else
                     std::memset(entry, 0, 2);
             });
+            arrivals[there] = {{there, there + block_bytes}, block.fences};
             arrived.bytes -= block_bytes;
             arrived.settle();
         });
@@ -323,6 +356,8 @@ inline const bool hopper = [] {
         if (!begins && !under_way.empty()) throw std::runtime_error("a block ended before the copies into it");
         barriers.clear();
         gatherings.clear();
+        arrivals.clear();
+        together_passed.reset();
     };
     return true;
 }();

@@ -117,6 +117,31 @@ def test_a_copy_is_there_once_waited_for(emulated, groups, wait, there, short_by
         assert got.isnan().all()
 
 
+def following(emulated, mistake=0):
+    """What three kernels make, each of the one before."""
+    numbers = torch.full((4, 192), torch.nan)
+    numbers[0] = torch.arange(192.0)
+    emulated("check_following", at(numbers), mistake)
+    return numbers
+
+
+def test_a_kernel_that_follows_finds_what_the_one_ahead_wrote(emulated):
+    before = emulated.launches()
+    numbers = following(emulated)
+    assert torch.equal(numbers, torch.arange(192.0) + torch.arange(4.0)[:, None])
+    assert emulated.launches() == before + 3
+
+
+def test_what_a_kernel_does_before_it_waits_comes_too_early(emulated):
+    """In its first block: others may begin later."""
+    read_early, written_early = following(emulated, 1), following(emulated, 2)
+    assert read_early[3].isnan().sum() == 64 and read_early[:3].isfinite().all()
+    assert (written_early[2] == -1).sum() == 128 and (written_early[3] == 0).sum() == 128
+    with pytest.raises(RuntimeError, match="a thread of a kernel that follows another has not waited for it"):
+        following(emulated, 3)
+    assert following(emulated).isfinite().all()
+
+
 @pytest.mark.parametrize(
     ("which", "error"),
     [

@@ -6,6 +6,7 @@ import pickle
 import shutil
 import weakref
 from concurrent.futures import ThreadPoolExecutor
+from threading import Event
 
 import pytest
 import torch
@@ -488,6 +489,32 @@ def test_a_released_weight_serves_what_has_no_kernel():
     finally:
         if load_extension():
             cpu.use_engine(before)
+
+
+def test_a_weight_written_to_while_a_thread_packs_it_is_packed_again(monkeypatch):
+    """Its old form, coming late, must not take the new one's place."""
+    tensors, dy = make()
+    if not cpu.packs(torch.float32, tensors[1]):
+        pytest.skip("this machine has no packed forms")
+    frozen, packing, packed = FrozenWeight(tensors[1].clone()), Event(), Event()
+    pack = cpu.pack
+
+    def slowly(weight, transposed):
+        form = pack(weight, transposed)
+        if not packing.is_set():
+            packing.set()
+            packed.wait(0.3)  # in vain where the other thread waits for this one
+        return form
+
+    monkeypatch.setattr(cpu, "pack", slowly)
+    with ThreadPoolExecutor(1) as pool:
+        other = pool.submit(frozen.forms, torch.float32, False)
+        packing.wait()
+        frozen.weight.mul_(-2)
+        frozen.forms(torch.float32, False)
+        packed.set()
+        other.result()
+    assert_fresh(frozen, tensors, dy)
 
 
 def test_threads_that_release_one_weight_at_once():

@@ -142,6 +142,7 @@ def test_products_need_a_fence_and_a_commit(emulated, mistake, error):
                 "mbarrier: not initialised",
                 "the block must begin on 1024 bytes",
                 *["tensor map: CUDA error 1"] * 3,
+                "threads wrote to the block without fence.proxy.async",
             ]
         )
     ),
@@ -149,3 +150,7 @@ def test_products_need_a_fence_and_a_commit(emulated, mistake, error):
 def test_mistakes_are_named(emulated, which, error):
     with pytest.raises(RuntimeError, match=error):
         emulated("check_mistake", which, at(torch.zeros(64, dtype=torch.float16)))
+
+
+def test_threads_may_write_between_copies_behind_a_fence(emulated):
+    emulated("check_mistake", 9, at(torch.zeros(64, dtype=torch.float16)))

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from torch.library import opcheck
 from torch.utils.checkpoint import checkpoint
 
-from federa_kernels import FrozenWeight, lora_linear
+from federa_kernels import FrozenWeight, Segments, lora_linear
+from federa_kernels.lora_linear import op
 
 from . import against_float64 as cases
 from .against_float64 import DTYPES, NAMES, Draw, assert_as_good_as_torch, plain, run
@@ -148,6 +149,23 @@ def saved_shapes(mask):
 )
 def test_only_x_and_h_are_kept_and_only_where_needed(mask, kept):
     assert saved_shapes(mask) == kept
+
+
+@pytest.mark.parametrize("need_x", [False, True])
+def test_a_weight_that_no_gradient_reads_is_not_cast(monkeypatch, need_x):
+    casts, cast = [], op._cast
+    monkeypatch.setattr(op, "_cast", lambda dtype, tensors: casts.append(list(tensors)) or cast(dtype, tensors))
+    dy, x, h = (torch.randn(5, width, dtype=torch.float64) for width in (6, 7, 3))
+    weight, lora_A, lora_B = torch.randn(6, 7), torch.randn(3, 7), torch.randn(6, 3)
+    segments, needs = Segments.from_sizes([2, 3]), [need_x, False, True, True, False]
+    on_device = (segments.offsets, segments.scalings, segments.ranks)
+    stacked = (lora_A.expand(2, 3, 7), lora_B.expand(2, 6, 3))
+    ops = torch.ops.federa
+    ops.lora_linear_bwd(dy, x, h, weight, None, lora_A, lora_B, None, 0.5, needs)
+    ops.lora_linear_clients_bwd(dy, x, h, weight, None, *stacked, None, *on_device, needs)
+    ops.lora_linear_shared_bwd([dy], x, h, [weight], [None], [lora_A], [lora_B], [None], [0.5], needs)
+    of_weights = [t for tensors in casts for t in tensors if t is not None and t.shape == weight.shape]
+    assert len(of_weights) == 3 * need_x
 
 
 def test_non_contiguous_and_expanded_inputs():

@@ -4,8 +4,10 @@ What nobody has written is NaN, in outputs as in shared memory. Threads run forw
 Where there is a GPU and a build that has them, the kernels run there.
 """
 
+import contextlib
 import ctypes
 import dataclasses
+import itertools
 import mmap
 import re
 
@@ -14,12 +16,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from federa_kernels import load_extension, lora_linear
-from federa_kernels.lora_linear import mma, op, path_for
+from federa_kernels import load_extension, lora_linear, lora_linear_shared
+from federa_kernels.lora_linear import dispatch, mma, op, path_for
 from federa_kernels.lora_linear.tiles import MMA_GEMM, pick_mma_tiles
 
 from . import against_float64 as cases
-from . import test_triton_kernels as of_triton
 from .against_float64 import DTYPES, assert_as_good_as_torch, run
 from .emulated import ORDERS, Emulated, assert_within_bounds
 from .test_triton_kernels import (
@@ -39,7 +40,7 @@ from .test_triton_kernels import (
     trained,
 )
 
-launch = of_triton.kernels
+launch = op.launchers()
 # Around the tiles' 64, 128 and 256 rows and columns and steps of 32 and 64; rows on 16 bytes and beside them.
 SHAPES = [
     (1, 1, 1, 1),
@@ -206,6 +207,69 @@ def test_the_order_of_threads_changes_no_bit(emulated, order):
             assert got is want is None or torch.equal(got, want)
 
 
+@pytest.fixture
+def calls(monkeypatch):
+    """What is given to the extension."""
+    names, run_it = [], mma._run
+
+    def noted(name, values):
+        steps = ctypes.cast(values.steps, ctypes.POINTER(mma.Step)) if name == "steps" else None
+        names.append([steps[i].kernel.decode() for i in range(values.count)] if steps else name)
+        run_it(name, values)
+
+    monkeypatch.setattr(mma, "_run", noted)
+    return names
+
+
+def test_each_operator_is_one_call(calls):
+    """24 or 1500 columns: with more parts of dh than a product sums, their sum is a launch among the others."""
+    for N, sums in ((24, []), (1500, ["sum"])):
+        tensors, dy = make(70, N, 40, 8, torch.bfloat16)
+        run(linear(None), SCALING, tensors, dy, trained(tensors, 1))
+        assert calls == [["down", "gemm"], ["columns", *sums, "gemm", "columns"]]
+        del calls[:]
+    sizes, ranks = [31, 2, 90], [16, 5, 12]
+    tensors, dy = make_clients(sizes, ranks, dtype=torch.bfloat16)
+    run(clients(sizes, ranks, tiles_of("two-passes", 16)), scalings_of(3), tensors, dy, trained(tensors, 1))
+    assert calls == [["down", "gemm"], ["columns", "down", "gemm", "columns", "sum"]]
+    del calls[:]
+    tensors, dys = make_shared(70, 40, [40, 24], [8, 12], torch.bfloat16)
+    run(shared(None), scalings_of(2), tensors, dys, trained(tensors, 1, 5))
+    assert calls == [["down", "gemm", "gemm"], ["columns", "columns", "gemm", "columns"]]
+
+
+def test_one_call_and_one_by_one_give_the_same_bits(monkeypatch):
+    for call, scaling, tensors, dys in problems_of_each_form():
+        mask = trained(tensors, *range(1, len(tensors), 4))
+        together = run(call, scaling, tensors, dys, mask)
+        with monkeypatch.context() as patch:
+            patch.setattr(launch, "_together", lambda tiles: contextlib.nullcontext())
+            for got, want in zip(run(call, scaling, tensors, dys, mask), together, strict=True):
+                assert got is want is None or torch.equal(got, want)
+
+
+def test_what_pytorch_reads_in_between_is_launched_before(calls):
+    """Without dx the rows' dtype of dh comes from PyTorch."""
+    tensors, dy = make(70, 24, 40, 8, torch.bfloat16)
+    mask = [False, False, True, True, False]
+    assert_as_good_as_torch(linear(None), cases.plain, SCALING, tensors, dy, mask)
+    assert calls[:3] == [["down", "gemm"], ["columns"], ["columns"]]
+
+
+def test_a_call_that_fails_leaves_nothing_to_the_next(calls):
+    def fail():
+        x, lora_A = torch.ones(4, 8, dtype=torch.bfloat16, device=DEVICE), torch.ones(2, 8, device=DEVICE)
+        with mma.in_one_call():
+            launch._down(x, lora_A, launch.ONE, tiles_of("parted", 2))
+            raise RuntimeError("the end")
+
+    with pytest.raises(RuntimeError, match="the end"):
+        fail()
+    assert mma._held.steps is None and not calls
+    tensors, dy = make(20, 24, 40, 8, torch.bfloat16)
+    assert_as_good_as_torch(linear(None), cases.plain, SCALING, tensors, dy, trained(tensors, 1))
+
+
 def test_a_gradient_does_not_depend_on_which_others_are_asked_for():
     tensors, dy = make(70, 24, 18, 4, torch.float16)
     full = run(linear(tiles_of("two-passes", 4)), SCALING, tensors, dy, trained(tensors, 1))
@@ -288,12 +352,53 @@ def test_any_problem_in_any_order_is_as_good_as_torch(emulator, problem, order):
 
 def test_the_operator_takes_them(monkeypatch, emulated):
     """As on a GPU, where the path of rows that the kernels take is "triton"."""
-    monkeypatch.setattr(op, "path_of", lambda rows, packed, ranks, needs_weight=False: "triton")
+    monkeypatch.setattr(op, "path_of", lambda *_: "triton")
     tensors, dy = make(20, 24, 40, 8, torch.bfloat16)
     before = emulated.launches()
     call = lambda scaling, x, W, A, B, b: lora_linear(x, W, A, B, scaling, b)  # noqa: E731
     assert_as_good_as_torch(call, cases.plain, SCALING, tensors, dy, trained(tensors, 1))
     assert emulated.launches() == before + 5  # h, y; dy, dx, dA: one piece of each gradient, which no sum needs
+
+
+def test_the_table_chooses_forward_and_backward(monkeypatch, emulated):
+    """These kernels forward, cuBLAS (here the CPU's) backward; the other way round for shared inputs."""
+    one, shared_inputs = dispatch.bucket(20, 24, 40, 8), dispatch.bucket(20, 48, 40, 16)
+    table = {
+        (0, torch.bfloat16, "one forward", *one): ("sm90", "mma"),  # sm90 is for Hopper alone
+        (0, torch.bfloat16, "one backward", *one): ("torch",),
+        (0, torch.bfloat16, "shared forward", *shared_inputs): ("torch",),
+        (0, torch.bfloat16, "shared backward", *shared_inputs): ("mma",),
+    }
+
+    def path_of(rows, packed, ranks, kind, weights, needs_weight=False):
+        return "reference" if launch.choose(kind, rows, weights, ranks) == "torch" else "triton"
+
+    monkeypatch.setattr(launch, "_kernels", "auto")
+    monkeypatch.setattr(op, "path_of", path_of)
+    monkeypatch.setattr(dispatch, "why_not", lambda name: None)
+    monkeypatch.setattr(dispatch, "entries", lambda: table)
+    dispatch.fastest.cache_clear()
+    try:
+        tensors, dy = make(20, 24, 40, 8, torch.bfloat16)
+        counts = [emulated.launches()]
+        with torch.no_grad():
+            lora_linear(*tensors[:4], SCALING, tensors[4])
+        counts.append(emulated.launches())
+        call = lambda scaling, x, W, A, B, b: lora_linear(x, W, A, B, scaling, b)  # noqa: E731
+        assert_as_good_as_torch(call, cases.plain, SCALING, tensors, dy, trained(tensors, 1))
+        counts.append(emulated.launches())
+        tensors, dys = make_shared(20, 40, [24, 24], [8, 8], torch.bfloat16)
+
+        def together(scalings, x, *flat):
+            each = zip(flat[0::4], flat[1::4], flat[2::4], scalings, flat[3::4], strict=True)
+            return lora_linear_shared(x, list(each))
+
+        mask = trained(tensors, 1, 5)
+        assert_as_good_as_torch(together, one_by_one, scalings_of(2), tensors, dys, mask)
+        counts.append(emulated.launches())
+        assert [after - before for before, after in itertools.pairwise(counts)] == [2, 2, 4]
+    finally:
+        dispatch.fastest.cache_clear()
 
 
 @given(
@@ -304,18 +409,16 @@ def test_the_operator_takes_them(monkeypatch, emulated):
 @settings(max_examples=200, deadline=None)
 def test_every_problem_on_every_gpu_gets_tiles(sizes, R, arch):
     tiles = pick_mma_tiles(*sizes, R, arch)
-    assert tiles.gemm in MMA_GEMM and all(tile.mma for tile in (tiles.gemm, tiles.down, tiles.grad))
+    assert tiles.gemm in MMA_GEMM and all(tile.kernels == "mma" for tile in (tiles.gemm, tiles.down, tiles.grad))
     assert 1 <= tiles.splits <= launch.MAX_PARTS and not tiles.on_the_fly
     assert tiles.one_pass == (R <= 32) == (tiles.grad.BN == 256)
     assert tiles.chunk % tiles.grad.BM == 0 and sizes[0] <= 65535 * tiles.chunk
 
 
-def test_who_takes_which_rows(monkeypatch):
+def test_who_takes_which_rows():
     assert [launch.kernels_for(DTYPES[name]) for name in ("bf16", "fp16", "fp32")] == ["mma", "mma", "triton"]
     launch.use_kernels("triton")
     assert launch.kernels_for(torch.bfloat16) == "triton"
-    with pytest.raises(ValueError, match="use_kernels: name must be triton, mma or sm90, got wgmma"):
-        launch.use_kernels("wgmma")
 
 
 def test_a_build_without_them_says_so():
@@ -344,7 +447,8 @@ def test_a_weight_on_a_gpu_is_told_who_multiplies_it(monkeypatch):
         ("columns", mma.Columns(kind=1, N=1, R=33, BN=128, dh_parts=16), "dh and dB from one pass go up to rank 32"),
         ("columns", mma.Columns(kind=1, M=2**30, N=1, R=1, BN=256, chunk=64), "at most 2^31 - 1 by 65535 blocks"),
         ("sum", mma.Columns(), "the arguments have another size"),
-        ("up", mma.Sum(), "kernel must be down, gemm, columns or sum"),
+        ("up", mma.Sum(), "kernel must be down, gemm, columns, sum or steps"),
+        ("steps", mma.Sum(), "the arguments have another size"),
     ],
 )
 def test_what_would_reach_other_memory_is_refused(name, values, error):
@@ -355,39 +459,6 @@ def test_what_would_reach_other_memory_is_refused(name, values, error):
 @pytest.mark.exhaustive
 def test_nothing_reads_or_writes_beyond_an_end(tmp_path):
     assert_within_bounds(tmp_path, "csrc/cuda/lora_linear_mma.cu", "tests/emulator/bounds.cpp")
-
-
-@pytest.mark.gpu
-@halves
-@pytest.mark.parametrize(
-    "shape",
-    [(2048, 768, 768, 16), (513, 3072, 768, 64), (4096, 4096, 4096, 8), (300, 500, 1000, 128), (7, 3424, 384, 12)],
-)
-def test_on_a_gpu_usual_layers_are_as_good_as_torch(shape, dtype):
-    of_triton.test_on_a_gpu_usual_layers_are_as_good_as_torch(shape, dtype)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("R", [8, 16, 64, 128])
-@pytest.mark.parametrize("sizes", [[256] * 32, [4000, 1, 0, 95], [1] * 200], ids=["equal", "skewed", "single-rows"])
-def test_on_a_gpu_clients_are_as_good_as_torch(sizes, R):
-    of_triton.test_on_a_gpu_clients_are_as_good_as_torch(sizes, R)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("R", [8, 16, 40])
-def test_on_a_gpu_shared_inputs_are_as_good_as_torch(R):
-    of_triton.test_on_a_gpu_shared_inputs_are_as_good_as_torch(R)
-
-
-@pytest.mark.gpu
-def test_on_a_gpu_offsets_go_beyond_two_to_the_31():
-    of_triton.test_on_a_gpu_offsets_go_beyond_two_to_the_31()
-
-
-@pytest.mark.gpu
-def test_on_a_gpu_a_captured_step_replays():
-    of_triton.test_on_a_gpu_a_captured_step_replays()
 
 
 @pytest.mark.gpu

@@ -59,6 +59,11 @@ def installed(poisoned):
         pytest.fail(reason) if os.environ.get("CI") == "true" else pytest.skip(reason)
 
 
+@pytest.fixture(autouse=True)
+def these_kernels(monkeypatch):
+    monkeypatch.setattr(kernels, "_kernels", "triton")
+
+
 def _cast(grads, owners):
     return [d if d is None else d.to(t.dtype) for d, t in zip(grads, owners, strict=True)]
 
@@ -389,64 +394,3 @@ def test_what_the_kernels_take():
         assert not any(kernels.takes(rows("cuda:0"), rank) for rank in (0, 129))
         assert not kernels.takes(rows("cuda:1"), 8) and not kernels.takes(rows("cpu"), 8)
         assert not kernels.takes(rows("cuda:0", torch.float64), 8)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=["bf16", "fp16", "fp32"])
-@pytest.mark.parametrize(
-    "shape",
-    [(2048, 768, 768, 16), (513, 3072, 768, 64), (4096, 4096, 4096, 8), (300, 500, 1000, 128), (7, 3424, 384, 12)],
-)
-def test_on_a_gpu_usual_layers_are_as_good_as_torch(shape, dtype):
-    tensors, dy = make(*shape, dtype, adapter=torch.float32)
-    assert_as_good_as_torch(linear(None), cases.plain, SCALING, tensors, dy, trained(tensors, 1))
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("R", [8, 16, 64, 128])
-@pytest.mark.parametrize("sizes", [[256] * 32, [4000, 1, 0, 95], [1] * 200], ids=["equal", "skewed", "single-rows"])
-def test_on_a_gpu_clients_are_as_good_as_torch(sizes, R):
-    ranks = [(R, 1, max(1, R // 2))[c % 3] for c in range(len(sizes))]
-    tensors, dy = make_clients(sizes, ranks, 768, 768, R, torch.bfloat16)
-    pair = clients(sizes, ranks, None), client_by_client(sizes, ranks)
-    assert_as_good_as_torch(*pair, scalings_of(len(sizes)), tensors, dy, trained(tensors, 1))
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("R", [8, 16, 40])
-def test_on_a_gpu_shared_inputs_are_as_good_as_torch(R):
-    tensors, dys = make_shared(1500, 768, [768, 768, 768], [R] * 3, torch.bfloat16)
-    assert_as_good_as_torch(shared(None), one_by_one, scalings_of(3), tensors, dys, trained(tensors, 1, 5, 9))
-
-
-@pytest.mark.gpu
-def test_on_a_gpu_offsets_go_beyond_two_to_the_31():
-    """As vllm issue 53028: the last rows of 150,000 x 14,336 must be those of the same rows alone."""
-    (x, weight, lora_A, lora_B, bias), _ = make(150_000, 14_336, 64, 8, torch.bfloat16)
-    y, _ = kernels.launch_lora_linear_fwd(x, weight, lora_A, lora_B, bias, SCALING)
-    tail, _ = kernels.launch_lora_linear_fwd(x[-256:], weight, lora_A, lora_B, bias, SCALING)
-    torch.testing.assert_close(y[-256:], tail)
-    arguments = (weight, lora_A, lora_B, SCALING, [True, False, False, False, False])
-    dx = kernels.launch_lora_linear_bwd(y, None, None, *arguments)[0]
-    torch.testing.assert_close(dx[-256:], kernels.launch_lora_linear_bwd(tail, None, None, *arguments)[0])
-
-
-@pytest.mark.gpu
-def test_on_a_gpu_a_captured_step_replays():
-    (x, weight, lora_A, lora_B, bias), dy = make(512, 768, 768, 16, torch.bfloat16)
-
-    def step():
-        y, h = kernels.launch_lora_linear_fwd(x, weight, lora_A, lora_B, bias, SCALING)
-        grads = kernels.launch_lora_linear_bwd(
-            dy, x, h, weight, lora_A, lora_B, SCALING, [True, False, True, True, True]
-        )
-        return [y, *(grad for grad in grads if grad is not None)]
-
-    step()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
-    x.copy_(torch.randn_like(x))
-    graph.replay()
-    for got, want in zip(captured, step(), strict=True):
-        assert torch.equal(got, want)
