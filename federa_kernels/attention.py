@@ -82,7 +82,8 @@ def _at_once(query, key, value, lengths, queries, scaling, dropout) -> Tensor:
 
     def nested(rows: Tensor, sizes: Sequence[int]) -> Tensor:
         bounds = {"min_seqlen": min(sizes), "max_seqlen": max(sizes)}
-        return torch.nested.nested_tensor_from_jagged(rows, _offsets(tuple(sizes), rows.device), **bounds)
+        offsets = _offsets(tuple(sizes), rows.device)
+        return torch.nested.nested_tensor_from_jagged(rows.contiguous(), offsets, **bounds)
 
     parts = (nested(*part).transpose(1, 2) for part in ((query, queries), (key, lengths), (value, lengths)))
     with torch.autocast(query.device.type, enabled=False):

@@ -18,7 +18,7 @@ from federa.cohort import train_cohort
 from federa.config import changed
 from federa.experiment import build
 
-from .as_alone import SGD, check, moved, shares
+from .as_alone import SGD, check, distance, moved, shares
 
 THERE = torch.device("meta")
 
@@ -116,6 +116,19 @@ def test_no_step_waits_for_the_device(gpu, tiny_config, tiny_models, family, tog
         assert all(update.steps == steps for update in updates)
         waits.append(len(copies.waits))
     assert waits[0] == waits[1] > 0
+
+
+def test_attention_at_once_as_alone(monkeypatch, tiny_config):
+    """A GPU's way through whole cohorts, here by PyTorch's attention of nested tensors for the CPU."""
+    config = changed(tiny_config, client=SGD | {"steps": 3})
+    experiment = build(config)
+    start = moved(experiment)
+    arguments = (experiment.learner, experiment.train, [(0, np.arange(20))], 1, start, config)
+    (plain,) = train_cohort(*arguments)
+    monkeypatch.setattr("federa_kernels.attention.GPUS", ("cpu",))
+    (nested,) = train_cohort(*arguments)
+    assert 0 < distance(plain, nested, start) <= 2e-5
+    check(experiment, start, config)
 
 
 @pytest.mark.gpu
