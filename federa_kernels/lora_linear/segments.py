@@ -67,14 +67,16 @@ class Segments:
         ranks = None if ranks is None else _listed(ranks)
         if ranks is not None and (len(ranks) != len(sizes) or not _integers(ranks, least=1)):
             raise ValueError(failure("Segments", "ranks", f"be C={len(sizes)} integers >= 1", ranks[:8]))
+        fake = type(torch.empty(0)) is not torch.Tensor  # such cannot be copied to a GPU that is not there
+        made = device if fake else None
         segments = cls(
-            torch.tensor([0, *accumulate(sizes)], dtype=torch.int32),
-            torch.tensor(scalings, dtype=torch.float32),
-            torch.tensor(ranks or [ALL] * len(sizes), dtype=torch.int32),
+            torch.tensor([0, *accumulate(sizes)], dtype=torch.int32, device=made),
+            torch.tensor(scalings, dtype=torch.float32, device=made),
+            torch.tensor(ranks or [ALL] * len(sizes), dtype=torch.int32, device=made),
             sizes,
             None if ranks is None else max(ranks),
         )
-        return segments if device is None else segments.to(device)
+        return segments if device == made else segments.to(device)
 
     @classmethod
     def from_offsets(cls, offsets: Sequence[int], **others) -> "Segments":
