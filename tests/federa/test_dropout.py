@@ -189,7 +189,7 @@ def test_gradients_are_those_of_explicit_masks(family):
         gradients = {n: p.grad for n, p in models[name].named_parameters() if p.grad is not None}
         for parameter, tensor in plain.named_parameters():
             if tensor.grad is not None:
-                assert torch.allclose(gradients[parameter], tensor.grad, rtol=1e-9, atol=1e-11), parameter
+                assert torch.allclose(gradients[parameter], tensor.grad, rtol=1e-9, atol=1e-11), parameter  # as above
 
 
 @pytest.mark.parametrize("family", SMALL)

@@ -48,7 +48,7 @@ def test_packed_is_padded(family, lengths):
     assert gradients.keys() == {name for name, p in plain.named_parameters() if p.grad is not None}
     for name, parameter in plain.named_parameters():
         if parameter.grad is not None:
-            assert torch.allclose(gradients[name], parameter.grad, rtol=1e-9, atol=1e-11), name
+            assert torch.allclose(gradients[name], parameter.grad, rtol=1e-9, atol=1e-11), name  # as above
 
 
 def test_layers_see_no_padding():
@@ -78,8 +78,8 @@ def test_only_first_tokens_leave_the_last_attention(family):
     for _ in range(2):
         hidden = [own.base_model(**batch).last_hidden_state for own in (model, plain)]
         real = batch["attention_mask"].bool()
-        assert torch.allclose(hidden[0][real], hidden[1][real], rtol=1e-11, atol=1e-11)  # float64
-        assert torch.allclose(model(**batch).logits, plain(**batch).logits, rtol=1e-11, atol=1e-11)
+        assert torch.allclose(hidden[0][real], hidden[1][real], rtol=1e-11, atol=1e-11)  # float64, other order
+        assert torch.allclose(model(**batch).logits, plain(**batch).logits, rtol=1e-11, atol=1e-11)  # the same
     assert rows == ([12, 12] if family == "distilbert" else [12, 3]) * 2
 
 
