@@ -90,7 +90,9 @@ def round_table(records: Sequence[Row]) -> str:
         rows = [here.get(kind) for here in found.values()]
         if any(rows):
             lines.append(f"| {label} | " + " | ".join(map(_cell, rows)) + " |")
-    environment = max((row["environment"] for row in of(records, "round")), key=lambda facts: facts["utc"])
+    environments = [row["environment"] for row in of(records, "round")]
+    environment = max(environments, key=lambda facts: facts["utc"])
+    commits = ", ".join(sorted({facts["commit"] for facts in environments}))
     if environment["kind"] == "cuda":
         model, place = "A random model of RoBERTa-base's size, texts as long as may be", environment["device"]
     else:
@@ -102,7 +104,7 @@ def round_table(records: Sequence[Row]) -> str:
         f"{model}, rank 8 on all linear layers, four local steps a client, on {place}; "
         f"torch {environment['versions']['torch']}, "
         f"peft {environment['versions'].get('peft', 'absent')}. Medians of rounds taken in turns. "
-        f"Commit {environment['commit']}, {environment['utc'][:10]}."
+        f"Commit {commits}, {environment['utc'][:10]}."
     )
     return "\n".join(lines) + f"\n\n{facts}\n"
 
